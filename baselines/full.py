@@ -1,0 +1,9 @@
+"""Full cache: every pair at 16 bits. The twin that every other policy is compared with."""
+
+from mikv.policy import Policy
+from mikv.types import Tier
+
+
+def full() -> Policy:
+    """No parameters."""
+    return Policy(name="full", label="full", tiers=(Tier(16),))

@@ -1,0 +1,171 @@
+"""One policy's packed cache of a batch: the tiers, who is in them, and how tokens move down.
+
+Built once from an exact prefill (every prompt token is quantized from its exact value, once), then stepped: a new token
+enters the first tier, scores grow, and where a budget is exceeded the least important token goes one tier down, for good.
+A token that leaves a 16-bit tier is quantized here for the first and only time; one that leaves a quantized tier (INT8 to
+INT2) is quantized from what that tier still knows of it, at most once per tier.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mikv.cache.prefill import PrefillBank, PrefillState
+from mikv.cache.tier_store import Pairs, TierStore
+from mikv.policy import Policy
+from mikv.quant.balance import balancer
+
+
+class Change(NamedTuple):
+    """A token whose stored value changed: positions int64 [L, B, H]; keys, values float32 [L, B, H, D], or None where it
+    was evicted; rows bool [B] (CPU): where it happened at all."""
+
+    positions: Tensor
+    keys: Tensor | None
+    values: Tensor | None
+    rows: Tensor
+
+
+class PolicyStore:
+    """Compress the layers of one bank by one policy.
+
+    Args:
+        policy: tiers, budgets, importance.
+        state: the prefill; not changed.
+        bank: which of its banks.
+        prompt_lengths: int64 [B], the length that budgets of kind `fixed` are shares of.
+    """
+
+    def __init__(self, policy: Policy, state: PrefillState, bank: PrefillBank, prompt_lengths: Tensor) -> None:
+        self.policy = policy
+        self._layers, self._rows = bank.layers, state.rows.to(bank.layers.device)
+        self._heads = state.geometry.kv_heads
+        self._prompt_lengths = prompt_lengths
+        self.seen = state.lengths.tokens.clone()
+        quantized = any(0 < tier.k < 16 for tier in policy.tiers)
+        self.balancer = balancer(bank.query_absmax, bank.key_absmax) if policy.balance and quantized else None
+
+        positions = state.lengths.positions(bank.keys.device)
+        scores = None
+        if policy.importance is not None:
+            watched = None if policy.importance.observer is None else bank.observed[policy.importance.observer]
+            scores = policy.importance.prefill(watched, bank.layers, self._rows, positions, self._heads)
+        positions = positions[None, :, None, :].expand(bank.keys.shape[:4])
+        device = bank.keys.device
+        assigned = policy.assign(scores, positions, self.seen.to(device), self._budget_lengths().to(device))
+        self.tiers = [
+            self._build(index, bank, assigned == index, positions, scores, state.dtype)
+            for index, tier in enumerate(policy.tiers)
+            if not tier.evicted
+        ]
+
+    def _build(
+        self,
+        index: int,
+        bank: PrefillBank,
+        members: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
+        dtype: torch.dtype,
+    ) -> TierStore:
+        count = members[0, :, 0].sum(dim=-1).cpu()  # the same for all layers and heads: budgets are numbers of tokens
+        slots = max(1, int(count.max()))
+        columns = (~members).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]  # members first, in order
+        at = columns[..., None].expand(*columns.shape, bank.keys.shape[-1])
+        pairs = Pairs(
+            bank.keys.gather(3, at),
+            bank.values.gather(3, at),
+            positions.gather(3, columns),
+            None if scores is None else scores.gather(3, columns),
+        )
+        last = index == len(self.policy.tiers) - 1
+        return TierStore(
+            self.policy.tiers[index],
+            pairs,
+            count,
+            None if self.balancer is None else self.balancer.unsqueeze(3),
+            dtype,
+            with_positions=len(self.policy.tiers) > 1,
+            with_scores=scores is not None and not last,
+        )
+
+    def step(self, keys: Tensor, values: Tensor, mass: Tensor, padding: Tensor, active: Tensor) -> list[Change]:
+        """Take in the token of a decode step, after its attention.
+
+        Args:
+            keys, values: exact [L, B, H, D] of the new token.
+            mass: float32 [L, B, H, S], attention each column received in this step; its last column is the new token.
+            padding: int64 [B], column = position + padding.
+            active: bool [B] on the CPU; other rows have ended and stay as they are.
+
+        Returns:
+            What changed, in order.
+        """
+        policy, device = self.policy, keys.device
+        positions = self.seen.to(device)
+        padding = padding.to(device)[None, :, None, None]
+        entry = None
+        if policy.importance is not None:
+            for tier in self.tiers:
+                scores = tier.scores()
+                if scores is not None:
+                    columns = (tier.positions() + padding).clamp(0, mass.shape[-1] - 1)  # unused slots: anything
+                    tier.set_scores(policy.importance.decode(scores, mass.gather(3, columns)))
+            entry = policy.importance.entry(self._layers, self._rows, positions, self._heads)
+            entry = policy.importance.decode(entry, mass[..., -1])
+        at = positions[None, :, None].expand(keys.shape[:3])
+        changes = [Change(at, *self.tiers[0].put(Pairs(keys, values, at, entry), active), active)]
+        self.seen = self.seen + active  # never in place: what was handed out keeps its value
+        for index, quota in enumerate(policy.quotas(self._budget_lengths())):
+            held = torch.stack([tier.count for tier in self.tiers[: index + 1]]).sum(dim=0)
+            over = (held > quota) & active
+            if over.any():
+                changes.append(self._demote(index, over))
+        return changes
+
+    def _demote(self, index: int, rows: Tensor) -> Change:
+        """Move the least important token of tier `index` one tier down, in the rows where `rows` is True."""
+        tier = self.tiers[index]
+        device = self._layers.device
+        positions = tier.positions()
+        unused = ~tier.used().to(device)[None, :, None, :]
+        first_quota = self.policy.quotas(self._budget_lengths())[0].to(device)[None, :, None, None]
+        value = self.policy.priority(tier.scores(), positions, self.seen.to(device)[None, :, None, None], first_quota)
+        value = value.masked_fill(unused, torch.inf)
+        lowest = value == value.amin(dim=-1, keepdim=True)
+        slot = torch.where(lowest, positions, torch.iinfo(torch.int64).max).argmin(dim=-1)  # ties: the earliest
+        pairs = tier.take(slot, rows)
+        if index + 1 == len(self.tiers):
+            return Change(pairs.positions, None, None, rows)
+        return Change(pairs.positions, *self.tiers[index + 1].put(pairs, rows), rows)
+
+    def _budget_lengths(self) -> Tensor:
+        return self.seen if self.policy.budget == "ratio" else self._prompt_lengths
+
+    def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values
+        float32 [l, B, H, S, D]."""
+        return [(tier.positions()[layers], tier.used(), *tier.read(layers)) for tier in self.tiers]
+
+    def nbytes(self) -> dict[str, Tensor]:
+        """Bytes by part, int64 [B]: raw (16-bit values), codes, scale, zero, positions, scores, balancer."""
+        total: dict[str, Tensor] = {}
+        for tier in self.tiers:
+            for kind, size in tier.nbytes().items():
+                total[kind] = total.get(kind, 0) + size
+        if self.balancer is not None:
+            row_bytes = self.balancer[:, 0].numel() * self.balancer.element_size()
+            total["balancer"] = torch.full_like(self.seen, row_bytes)
+        return total
+
+    def compressed_tokens(self) -> Tensor:
+        """Tokens per layer and head that are not held at 16 bits (evicted ones included), int64 [B]."""
+        exact = [tier.count for tier in self.tiers if tier.tier.k == tier.tier.v == 16]
+        return self.seen - (torch.stack(exact).sum(dim=0) if exact else 0)
+
+    def kept_tokens(self) -> Tensor:
+        """Tokens per layer and head that are stored in some tier, int64 [B]."""
+        return torch.stack([tier.count for tier in self.tiers]).sum(dim=0)

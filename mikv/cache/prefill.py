@@ -1,0 +1,160 @@
+"""The exact keys and values of a batch of prompts, and what importance and balancer need to know about them.
+
+Made once by one forward pass, read by every policy, never changed. Layers that live on one device form a *bank*: their
+tensors are stacked, so that compressing and demoting is one operation for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mikv.attention.reference import causal_attention
+from mikv.importance.base import Observer, ObserverState
+from mikv.types import Geometry, Lengths
+
+
+@dataclass(frozen=True)
+class PrefillBank:
+    """Prefill of the layers of one device.
+
+    layers int64 [L] (their indices); keys, values [L, B, H, T, D] in the model's dtype, keys after RoPE; query_absmax,
+    key_absmax float32 [L, B, H, D], maxima over real tokens (and the query heads of a group); observed: float32
+    [L, B, H, T] per observer.
+    """
+
+    layers: Tensor
+    keys: Tensor
+    values: Tensor
+    query_absmax: Tensor
+    key_absmax: Tensor
+    observed: dict[Observer, Tensor]
+
+
+@dataclass(frozen=True)
+class PrefillState:
+    """Prefill of a batch. rows int64 [B]: a number that names each prompt (for seeded scores)."""
+
+    banks: tuple[PrefillBank, ...]
+    lengths: Lengths
+    rows: Tensor
+    geometry: Geometry
+    dtype: torch.dtype
+
+
+class PrefillCache(Cache):
+    """Collects a PrefillState during one forward pass of the model over a left-padded batch.
+
+    Args:
+        geometry: of the model.
+        devices: where each layer lives.
+        dtype: of keys and values.
+        lengths: of the batch.
+        observers: what must be watched.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        devices: Sequence[torch.device],
+        dtype: torch.dtype,
+        lengths: Lengths,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._geometry, self._dtype, self._lengths = geometry, dtype, lengths
+        self._collecting = []
+        layers: list[_PrefillLayer] = []
+        for device, indices in groupby(range(geometry.layers), key=lambda layer: devices[layer]):
+            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers)
+            self._collecting.append(bank)
+            layers += [_PrefillLayer(bank, i) for i in range(len(bank.layers))]
+        super().__init__(layers=layers)
+
+    def state(self, rows: Tensor) -> PrefillState:
+        """What was collected. rows: see PrefillState."""
+        banks = tuple(bank.finish() for bank in self._collecting)
+        return PrefillState(banks, self._lengths, rows, self._geometry, self._dtype)
+
+
+class _CollectingBank:
+    def __init__(
+        self,
+        layers: list[int],
+        geometry: Geometry,
+        device: torch.device,
+        dtype: torch.dtype,
+        lengths: Lengths,
+        observers: Sequence[Observer],
+    ) -> None:
+        self.layers = torch.tensor(layers, device=device)
+        batch, heads, dim = len(lengths.tokens), geometry.kv_heads, geometry.head_dim
+        shape = (len(layers), batch, heads, lengths.width, dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.query_absmax = torch.zeros((len(layers), batch, heads, dim), device=device)
+        self.key_absmax = torch.zeros_like(self.query_absmax)
+        self.real = lengths.positions(device) >= 0
+        geometry = geometry._replace(layers=len(layers))
+        self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
+
+    def finish(self) -> PrefillBank:
+        observed = {observer: state.result() for observer, state in self.watching.items()}
+        return PrefillBank(self.layers, self.keys, self.values, self.query_absmax, self.key_absmax, observed)
+
+
+class _PrefillLayer(CacheLayerMixin):
+    """One layer's part of a PrefillCache, and the handle that attends for it."""
+
+    is_sliding = False
+
+    def __init__(self, bank: _CollectingBank, index: int) -> None:
+        super().__init__()
+        self._bank, self._index = bank, index
+        self._seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self._seen or key_states.shape[2] != self._bank.keys.shape[3]:
+            raise RuntimeError("a PrefillCache takes the whole prompt in one forward pass")
+        self.lazy_initialization(key_states, value_states)
+        self._seen = key_states.shape[2]
+        self._bank.keys[self._index] = key_states
+        self._bank.values[self._index] = value_states
+        return self, self
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Exact causal attention, watched by the observers."""
+        bank, layer = self._bank, self._index
+        key, value = bank.keys[layer], bank.values[layer]
+        bank.key_absmax[layer] = _absmax(key, bank.real)
+        per_query_head = _absmax(query, bank.real)
+        bank.query_absmax[layer] = per_query_head.unflatten(1, (key.shape[1], -1)).amax(dim=2)
+
+        def watch(probs: Tensor, first: int) -> None:
+            real_queries = bank.real[:, first : first + probs.shape[3]]
+            for state in bank.watching.values():
+                state.block(layer, probs, first, real_queries)
+
+        return causal_attention(query, key, value, scaling, bank.real, watch if bank.watching else None)
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _absmax(x: Tensor, real: Tensor) -> Tensor:
+    """max over real tokens of |x| [B, heads, T, D] -> float32 [B, heads, D]."""
+    return x.abs().masked_fill(~real[:, None, :, None], 0).amax(dim=2).float()

@@ -1,0 +1,165 @@
+"""The packed pairs of one tier: for each layer, row and KV head a list of slots, each with a key, a value and what
+belongs to them. This is what a compressed cache really holds; bytes are counted here, from the tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mikv.quant.codec import Codec, Parts, storage_dtype
+from mikv.types import Tier
+
+# Slots are appended in steps of this many, so that a decode step rarely has to move the store.
+_GROW = 32
+
+
+class Pairs(NamedTuple):
+    """Exact pairs and what belongs to them: keys, values float [..., D]; positions int64 and scores float32 [...]."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor | None
+
+
+class TierStore:
+    """Slots of one tier, for a bank of L layers and B rows. All heads and layers of a row hold equally many tokens.
+
+    Args:
+        tier: bits and group.
+        pairs: initial content, [L, B, H, S, ...]; of row b the first count[b] slots are used.
+        count: int64 [B], on the CPU.
+        balancer: float32 [L, B, H, 1, D] for keys of a quantized tier, or None.
+        compute: dtype of the model.
+        with_positions: positions must be stored (where they don't follow from the slot).
+        with_scores: scores must be stored (where a token can still be demoted).
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        pairs: Pairs,
+        count: Tensor,
+        balancer: Tensor | None,
+        compute: torch.dtype,
+        with_positions: bool,
+        with_scores: bool,
+    ) -> None:
+        head_dim = pairs.keys.shape[-1]
+        group = tier.group_size(head_dim)
+        self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
+        self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
+        self._balancer = balancer if tier.k < 16 else None
+        self._with_positions, self._with_scores = with_positions, with_scores
+        self.tier = tier
+        self.count = count.clone()
+        self._longest = int(count.max())  # upper bound of count, known without looking
+        self.parts = self._encode(pairs)
+
+    @property
+    def slots(self) -> int:
+        """Slots that are allocated, used or not."""
+        return next(iter(self.parts.values())).shape[3]
+
+    def positions(self) -> Tensor:
+        """int64 [L, B, H, S]; of unused slots whatever lies there."""
+        if self._with_positions:
+            return self.parts["positions"].squeeze(-1).long()
+        some = next(iter(self.parts.values()))
+        return torch.arange(some.shape[3], device=some.device).expand(some.shape[:4])
+
+    def scores(self) -> Tensor | None:
+        """float32 [L, B, H, S], or None where none are stored."""
+        return self.parts["scores"].squeeze(-1) if self._with_scores else None
+
+    def set_scores(self, scores: Tensor) -> None:
+        self.parts["scores"] = scores.unsqueeze(-1)
+
+    def used(self) -> Tensor:
+        """bool [B, S]: slots that hold a token."""
+        return torch.arange(self.slots) < self.count[:, None]
+
+    def read(self, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Dequantized keys (balancer undone) and values of some layers, float32 [l, B, H, S, D]."""
+        return self._decode({name: part[layers] for name, part in self.parts.items()}, layers)
+
+    def put(self, pairs: Pairs, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one token [L, B, H, ...] to each row where rows (bool [B], CPU) is True.
+
+        Returns keys and values as they are read back, float32 [L, B, H, D].
+        """
+        if self._longest == self.slots:
+            self._grow()
+        one_slot = Pairs(*(None if x is None else x.unsqueeze(3) for x in pairs))  # type: ignore[arg-type]
+        encoded = self._encode(one_slot)
+        # a row that gets nothing is written too, behind its last used slot: that slot stays unused
+        for name, part in encoded.items():
+            self.parts[name].scatter_(3, self._index(self.count, part), part)
+        self.count = self.count + rows
+        self._longest += 1
+        keys, values = self._decode(encoded)
+        return keys.squeeze(3), values.squeeze(3)
+
+    def take(self, slot: Tensor, rows: Tensor) -> Pairs:
+        """Remove the tokens in `slot` (int64 [L, B, H]) where rows is True; the last token fills the gap.
+
+        Returns all of them [L, B, H, ...], dequantized.
+        """
+        last = (self.count - 1).clamp(min=0)
+        taken = {name: part.gather(3, self._index(slot, part[:, :, :, :1])) for name, part in self.parts.items()}
+        # where nothing is removed, the last token is written over itself
+        gap = torch.where(rows.to(slot.device)[None, :, None], slot, last.to(slot.device)[None, :, None])
+        for part in self.parts.values():
+            one = part[:, :, :, :1]
+            part.scatter_(3, self._index(gap, one), part.gather(3, self._index(last, one)))
+        keys, values = self._decode(taken)
+        positions = taken["positions"].squeeze(-1).long().squeeze(3)
+        scores = taken["scores"].squeeze(-1).squeeze(3) if self._with_scores else None
+        self.count = self.count - rows.long()
+        return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
+
+    def nbytes(self) -> dict[str, Tensor]:
+        """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""
+        layers, _, heads = next(iter(self.parts.values())).shape[:3]
+        per_part: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            kind = name.rpartition(".")[2]
+            slot_bytes = part.shape[4] * part.element_size() * layers * heads
+            per_part[kind] = per_part.get(kind, torch.zeros_like(self.count)) + self.count * slot_bytes
+        return per_part
+
+    def allocated(self) -> int:
+        """Bytes of all tensors, unused slots included."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def _encode(self, pairs: Pairs) -> Parts:
+        """Parts [L, B, H, S, *] of pairs [L, B, H, S, ...]."""
+        keys = pairs.keys.float() if self._balancer is None else pairs.keys.float() * self._balancer
+        parts = {f"keys.{name}": part for name, part in self._key_codec.encode(keys).items()}
+        parts |= {f"values.{name}": part for name, part in self._value_codec.encode(pairs.values).items()}
+        if self._with_positions:
+            parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
+        if self._with_scores:
+            assert pairs.scores is not None
+            parts["scores"] = pairs.scores.unsqueeze(-1)
+        return parts
+
+    def _decode(self, parts: Parts, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        keys = self._key_codec.decode({n[5:]: part for n, part in parts.items() if n.startswith("keys.")})
+        values = self._value_codec.decode({n[7:]: part for n, part in parts.items() if n.startswith("values.")})
+        if self._balancer is not None:
+            keys = keys / self._balancer[layers]
+        return keys, values
+
+    def _index(self, slot: Tensor, part: Tensor) -> Tensor:
+        """slot, int64 [B] or [L, B, H] -> index of dimension 3 for a part [L, B, H, 1, *]."""
+        slot = slot.to(part.device)
+        slot = slot[None, :, None] if slot.dim() == 1 else slot
+        return slot[..., None, None].expand(part.shape)
+
+    def _grow(self) -> None:
+        for name, part in self.parts.items():
+            more = part.new_zeros((*part.shape[:3], _GROW + part.shape[3] // 8, part.shape[4]))
+            self.parts[name] = torch.cat((part, more), dim=3)

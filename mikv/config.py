@@ -1,0 +1,105 @@
+"""From Hydra's configuration to a checked `Run`. The only place that knows OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mikv.policy import Policy
+from mikv.runner import Run
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that doesn't exist or can't be; the message says what, and what does."""
+
+
+def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
+    """Build the run that a composed configuration describes.
+
+    chosen: names of the groups that the command line sets.
+
+    Raises:
+        ConfigError, ValueError, OSError: with a message for the user.
+    """
+    panel, title = _panel(config, chosen)
+    task = OmegaConf.to_container(config.task, resolve=True)
+    assert isinstance(task, dict)
+    limit = task.pop("limit")
+    return Run(
+        model=_instantiate(config.model, "model"),
+        panel=panel,
+        task=_instantiate(OmegaConf.create(task), "task"),
+        limit=limit,
+        question=config.protocol.question,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        reader=config.reader,
+        name=config.name,
+        out=Path(config.out),
+        title=title,
+        config=OmegaConf.to_yaml(config, resolve=True),
+    )
+
+
+def _panel(config: DictConfig, chosen: Sequence[str]) -> tuple[tuple[Policy, ...], str]:
+    """The policies to run, `full` first: everything has its twin. And a name for them."""
+    full = policy("full")
+    if config.get("panel") is None:
+        asked = [_instantiate(config.policy, "policy")]
+        title = asked[0].name
+    else:
+        if "policy" in chosen:
+            raise ConfigError("policy=... and panel=... exclude each other: a panel brings its own policies")
+        title = config.panel.name
+        asked = []
+        for entry in config.panel.entries:
+            options = OmegaConf.to_container(entry, resolve=True)
+            assert isinstance(options, dict)
+            asked.append(policy(str(options.pop("policy")), options))
+    rest = [p for p in asked if p != full]
+    return (full, *rest), title
+
+
+def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:
+    """A policy of conf/policy with parameters overridden: policy("mikv", {"keep": 0.1, "high.bits": 8})."""
+    names = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
+    if name not in names:
+        raise ConfigError(f"there is no policy {name!r}{near(name, names)}; there are {', '.join(names)}")
+    config = OmegaConf.load(CONF / "policy" / f"{name}.yaml")
+    OmegaConf.set_struct(config, True)
+    for option, value in (overrides or {}).items():
+        try:
+            OmegaConf.update(config, str(option), value)
+        except OmegaConfBaseException as error:
+            known = [str(key) for key in config if key != "_target_"]  # type: ignore[union-attr]
+            raise ConfigError(
+                f"policy {name} has no option {option!r}{near(str(option), known)}; it has {', '.join(known)}"
+            ) from error
+    return _instantiate(config, f"policy {name}")
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """', did you mean ...?' where something known looks like it."""
+    found = difflib.get_close_matches(name, known, n=2)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _instantiate(config: Any, what: str) -> Any:
+    """A YAML is a constructor call; what the constructor refuses is the user's to know, not Hydra's traceback."""
+    from hydra.errors import InstantiationException
+
+    try:
+        return instantiate(config, _convert_="object")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | TypeError | OSError | RuntimeError):
+            raise ConfigError(f"{what}: {cause}") from error
+        raise

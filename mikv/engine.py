@@ -1,0 +1,202 @@
+"""The engine: prompts and a panel of policies in, answers out. One prefill for all policies, one batch for all rows.
+
+The compressed cache is really read. A prompt is split into a *context*, which is prefilled with exact attention and then
+compressed, and a *question* of at least one token, which is fed through the compressed cache token by token; the answer
+follows it. With a visible question the split is before the prompt's last token (so that even the first token of an
+answer comes from the compressed cache); with a hidden one the cache is compressed before the question has been seen.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mikv.cache.compressed import CompressedCache
+from mikv.cache.prefill import PrefillCache, PrefillState
+from mikv.importance.base import Observer
+from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
+from mikv.policy import Policy
+from mikv.types import Lengths
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids: `context` is compressed, `question` (at least one token) is fed through the compressed cache."""
+
+    context: Sequence[int]
+    question: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not self.question:
+            raise ValueError("a prompt needs at least one token that is fed through the compressed cache")
+
+    @property
+    def tokens(self) -> int:
+        return len(self.context) + len(self.question)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer of one policy to one prompt.
+
+    tokens: without the end token; ended: by an end token, not by the limit; compressed_tokens: how many tokens of the
+    context were not at 16 bits when the answer began (0 = the policy was not exercised); kept_tokens, seen_tokens: per
+    layer and head, at the end of the answer, as are the bytes.
+    """
+
+    tokens: list[int]
+    ended: bool
+    compressed_tokens: int
+    kept_tokens: int
+    seen_tokens: int
+    nbytes: dict[str, int]
+    full_nbytes: int
+
+
+@dataclass
+class Seconds:
+    """Time spent by phase. Prefill and decode are shared by all policies of a panel; compress is each policy's own."""
+
+    prefill: float = 0.0
+    compress: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass
+class Engine:
+    """A model of transformers with the project's attention (`attn_implementation="mikv"`), and how to run it.
+
+    Args:
+        model: the causal LM.
+        end_tokens: ids that end an answer.
+        pad_token: id for padding; never attended.
+        reader: see mikv.cache.compressed.
+    """
+
+    model: Any
+    end_tokens: Collection[int]
+    pad_token: int = 0
+    reader: str = "working"
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def __post_init__(self) -> None:
+        self.geometry = geometry(self.model.config)
+        self._devices = layer_devices(self.model)
+
+    @torch.inference_mode()
+    def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = ()) -> PrefillState:
+        """One exact forward pass over the contexts, left-padded. Empty contexts are allowed."""
+        lengths = Lengths(torch.tensor([len(c) for c in contexts]), max(map(len, contexts)))
+        cache = PrefillCache(self.geometry, self._devices, self.model.dtype, lengths, list(observers))
+        if lengths.width:
+            ids = [[self.pad_token] * (lengths.width - len(c)) + list(c) for c in contexts]
+            positions = lengths.positions(self.model.device)
+            self.model(
+                input_ids=torch.tensor(ids, device=self.model.device),
+                attention_mask=(positions >= 0).long(),
+                position_ids=positions.clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        names = [zlib.crc32(array("q", context).tobytes()) for context in contexts]
+        return cache.state(torch.tensor(names))
+
+    def compress(
+        self, state: PrefillState, panel: Sequence[Policy], prompt_lengths: Tensor | None = None
+    ) -> CompressedCache:
+        """Every policy's compressed cache of a prefill. The state is not changed."""
+        return CompressedCache(state, panel, prompt_lengths, self.reader, rope_inv_freq(self.model))
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Prompt], panel: Sequence[Policy], max_new_tokens: int
+    ) -> list[list[Generation]]:
+        """Greedy answers: for each policy of the panel, one per prompt."""
+        watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
+        started = self._clock()
+        state = self.prefill([prompt.context for prompt in prompts], watched)
+        prefilled = self._clock()
+        # a held-back last token belongs to the prompt; a hidden question is not known when budgets are fixed
+        lengths = [p.tokens if len(p.question) == 1 else len(p.context) for p in prompts]
+        cache = self.compress(state, panel, torch.tensor(lengths))
+        del state  # its exact keys and values are not needed while decoding
+        compressed_tokens = [cache.stores(p)[0].compressed_tokens() for p in range(len(panel))]
+        compressed = self._clock()
+        answers, ended = self._decode(cache, prompts, len(panel), max_new_tokens)
+        self.seconds.prefill += prefilled - started
+        self.seconds.compress += compressed - prefilled
+        self.seconds.decode += self._clock() - compressed
+        results = []
+        for p in range(len(panel)):
+            nbytes, full = cache.nbytes(p), cache.full_nbytes(p)
+            kept, seen = cache.stores(p)[0].kept_tokens(), cache.stores(p)[0].seen
+            rows = range(p * len(prompts), (p + 1) * len(prompts))
+            results.append(
+                [
+                    Generation(
+                        tokens=answers[row],
+                        ended=ended[row],
+                        compressed_tokens=int(compressed_tokens[p][b]),
+                        kept_tokens=int(kept[b]),
+                        seen_tokens=int(seen[b]),
+                        nbytes={kind: int(size[b]) for kind, size in nbytes.items()},
+                        full_nbytes=int(full[b]),
+                    )
+                    for b, row in enumerate(rows)
+                ]
+            )
+        return results
+
+    def _decode(
+        self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, max_new_tokens: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Feed every row its question, then its own answer, one token a step, until all rows have ended."""
+        questions = [prompt.question for prompt in prompts] * policies
+        positions = torch.tensor([len(prompt.context) for prompt in prompts] * policies)
+        answers: list[list[int]] = [[] for _ in questions]
+        ended = [False] * len(questions)
+        active = torch.ones(len(questions), dtype=torch.bool)
+        step = 0
+        while active.any():
+            fed = [q[step] if step < len(q) else (a[-1] if a else self.pad_token) for q, a in zip(questions, answers, strict=True)]
+            chosen = self.step(cache, torch.tensor(fed), positions, active).argmax(dim=-1).tolist()
+            for row in active.nonzero().squeeze(1).tolist():
+                if step < len(questions[row]) - 1:
+                    continue  # the question goes on: what the model would have said does not matter
+                if chosen[row] in self.end_tokens:
+                    ended[row] = True
+                else:
+                    answers[row].append(chosen[row])
+                active[row] = not ended[row] and len(answers[row]) < max_new_tokens
+            positions = positions + 1
+            step += 1
+        return answers, ended
+
+    @torch.inference_mode()
+    def step(self, cache: CompressedCache, tokens: Tensor, positions: Tensor, active: Tensor) -> Tensor:
+        """Feed one token per row (int64 [R], at positions int64 [R]) and return the logits that follow, [R, vocabulary].
+
+        Rows that are not active (bool [R]) are computed along, but their cache stays as it is.
+        """
+        logits = self.model(
+            input_ids=tokens[:, None].to(self.model.device),
+            position_ids=positions[:, None].to(self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        cache.end_step(active)
+        return logits
+
+    def _clock(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Importance scores: who deserves the better tier."""

@@ -1,0 +1,86 @@
+"""The scores that the project's policies use: accumulated attention and noise. (Recency is a policy without a score.)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mikv.importance.base import Observer
+from mikv.types import Geometry, Lengths
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """Observer: sum over all prompt queries and the query heads of a group of each key's attention probability."""
+
+    def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> _ColumnSumsState:
+        return _ColumnSumsState(geometry, lengths, device)
+
+
+class _ColumnSumsState:
+    def __init__(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> None:
+        shape = (geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width)
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def block(self, layer: int, probs: Tensor, first: int, real_queries: Tensor) -> None:
+        real = real_queries.to(probs.dtype)  # a query that is padding attends to garbage: it does not count
+        received = torch.einsum("bhgqt,bq->bht", probs, real)
+        self._sums[layer, :, :, : probs.shape[-1]] += received
+
+    def result(self) -> Tensor:
+        return self._sums
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """H2O's score (arXiv 2306.14048): the running sum of attention a token has received, no decay, no normalization.
+
+    Over the query heads of a group the sum is taken (our convention for grouped-query attention; the paper has none).
+    """
+
+    @property
+    def observer(self) -> Observer:
+        return ColumnSums()
+
+    def prefill(self, observed: Tensor | None, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        assert observed is not None
+        return observed
+
+    def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        return torch.zeros((len(layers), len(rows), heads), dtype=torch.float32, device=positions.device)
+
+    def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
+        return scores + mass
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random score per prompt, layer, head and position: the floor that importance must beat.
+
+    Counter-based (a hash of what it belongs to), so that a prompt gets the same noise alone and in any batch.
+    """
+
+    seed: int = 0
+    observer = None
+
+    def prefill(self, observed: Tensor | None, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        return self._uniform(layers[:, None, None, None], rows[:, None, None], positions[:, None, :], heads)
+
+    def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        return self._uniform(layers[:, None, None], rows[:, None], positions[:, None], heads, head_dim=-1)
+
+    def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
+        return scores
+
+    def _uniform(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int, head_dim: int = -2) -> Tensor:
+        """Numbers in [0, 1), by splitmix64's finalizer over the combined counters (int64 arithmetic wraps)."""
+        head = torch.arange(heads, device=positions.device)
+        head = head if head_dim == -1 else head[:, None]
+        x = rows * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD
+        x = x + positions * 0x2545F4914F6CDD1D + self.seed
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes the shift a logical one
+        x = x ^ ((x >> 31) & (2**33 - 1))
+        return ((x >> 40) & (2**24 - 1)).to(torch.float32) / 2**24

@@ -1,0 +1,1 @@
+"""Models: where weights come from, and what of an architecture the cache must know."""

@@ -1,0 +1,1 @@
+"""Numbers in few bits: the quantizer, its packing, the balancer. Pure functions on tensors."""

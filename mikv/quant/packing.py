@@ -1,0 +1,65 @@
+"""Codes of 2, 3, 4 or 8 bits in no more bytes than they need.
+
+Codes of a token's head are packed along its channels into 16-bit words (the operand width of tensor cores, so that a
+GPU kernel unpacks two operands per instruction). The fields of a word are *blocks* of
+channels, not neighbours: with D channels and W = D * bits / 16 words,
+
+    word w holds channel w in its lowest bits, then channel w + W, w + 2 W, ...
+
+Worked example, D = 16, bits = 4, W = 4 words of 4 fields; channel c holds code c:
+
+    word 0 = channels 0, 4, 8, 12  = 0x0 | 0x4 << 4 | 0x8 << 8 | 0xC << 12 = 0xC840
+    word 1 = channels 1, 5, 9, 13  = 0xD951, word 2 = 0xEA62, word 3 = 0xFB73
+
+3-bit codes are a 2-bit plane (low bits, D / 8 words) followed by a 1-bit plane (high bits, D / 16 words). 8-bit codes
+fill whole bytes and stay as they are. Words are int16 tensors: torch has no shifts for uint16; the bits are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PACKED_BITS = (8, 4, 3, 2)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., D] with values below 2^bits -> int16 [..., D * bits / 16] (uint8 [..., D] for 8 bits)."""
+    _check(codes.shape[-1], bits)
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return torch.cat((_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)), dim=-1)
+    return _pack_plane(codes, bits)
+
+
+def unpack(words: Tensor, bits: int, head_dim: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., D]."""
+    _check(head_dim, bits)
+    if bits == 8:
+        return words
+    if bits == 3:
+        low, high = words.split((head_dim // 8, head_dim // 16), dim=-1)
+        return _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
+    return _unpack_plane(words, bits)
+
+
+def _pack_plane(codes: Tensor, bits: int) -> Tensor:
+    fields = codes.to(torch.int32).unflatten(-1, (16 // bits, -1))  # [..., field, word]
+    words = fields[..., 0, :].clone()
+    for field in range(1, 16 // bits):
+        words |= fields[..., field, :] << (bits * field)
+    return words.to(torch.int16)  # keeps the low 16 bits
+
+
+def _unpack_plane(words: Tensor, bits: int) -> Tensor:
+    # the sign bit is spread by the shift, and masked away again
+    fields = [(words >> (bits * field)) & (2**bits - 1) for field in range(16 // bits)]
+    return torch.cat(fields, dim=-1).to(torch.uint8)
+
+
+def _check(head_dim: int, bits: int) -> None:
+    if bits not in PACKED_BITS:
+        raise ValueError(f"{bits}-bit codes can't be packed; choose from {PACKED_BITS}")
+    if head_dim % 16:
+        raise ValueError(f"head_dim={head_dim} is no multiple of 16: its codes would not fill whole words")

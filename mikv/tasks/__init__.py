@@ -1,0 +1,1 @@
+"""Tasks: what is asked of the model, and how an answer is judged."""
