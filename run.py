@@ -1,9 +1,9 @@
 """Run policies on a task.
 
-    python run.py                                              MiKV on line recall, with the embedded model
-    python run.py panel=demo                                   the paper's finding in one table
-    python run.py policy=mikv model=llama2-7b task=linerecall policy.keep=0.1 policy.high.bits=8
-    python run.py --help                                       groups, options, defaults
+python run.py                                              MiKV on line recall, with the embedded model
+python run.py panel=demo                                   the paper's finding in one table
+python run.py policy=mikv model=llama2-7b task=linerecall policy.keep=0.1 policy.high.bits=8
+python run.py --help                                       groups, options, defaults
 """
 
 import os

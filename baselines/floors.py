@@ -37,7 +37,14 @@ def recent_only(
 
 
 def _floor(
-    name: str, importance: Importance | None, keep: float, high: Tier, low: Tier, balance: bool, recent: float, budget: str
+    name: str,
+    importance: Importance | None,
+    keep: float,
+    high: Tier,
+    low: Tier,
+    balance: bool,
+    recent: float,
+    budget: str,
 ) -> Policy:
     label = f"{name} {percent(keep)} {high}/{low}" + ("" if balance else " no balancer")
     label += describe_options(

@@ -79,7 +79,7 @@ def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:
         try:
             OmegaConf.update(config, str(option), value)
         except OmegaConfBaseException as error:
-            known = [str(key) for key in config if key != "_target_"]  # type: ignore[union-attr]
+            known = [str(key) for key in config if key != "_target_"]
             raise ConfigError(
                 f"policy {name} has no option {option!r}{near(str(option), known)}; it has {', '.join(known)}"
             ) from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mikv.cache.compressed import CompressedCache
+from mikv.cache.compressed import CompressedCache, Usage, Workspace
 from mikv.cache.prefill import PrefillCache, PrefillState
 from mikv.importance.base import Observer
 from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
@@ -46,18 +46,15 @@ class Prompt:
 class Generation:
     """An answer of one policy to one prompt.
 
-    tokens: without the end token; ended: by an end token, not by the limit; compressed_tokens: how many tokens of the
-    context were not at 16 bits when the answer began (0 = the policy was not exercised); kept_tokens, seen_tokens: per
-    layer and head, at the end of the answer, as are the bytes.
+    tokens: without the end token; ended: by an end token, not by the limit; usage: of the cache at the end of the answer;
+    compressed_tokens: how many tokens of the context were not at 16 bits when the first token was fed through the
+    compressed cache (0 = the policy was not exercised).
     """
 
     tokens: list[int]
     ended: bool
     compressed_tokens: int
-    kept_tokens: int
-    seen_tokens: int
-    nbytes: dict[str, int]
-    full_nbytes: int
+    usage: Usage
 
 
 @dataclass
@@ -89,6 +86,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.geometry = geometry(self.model.config)
         self._devices = layer_devices(self.model)
+        self._workspace = Workspace()
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = ()) -> PrefillState:
@@ -110,15 +108,17 @@ class Engine:
         return cache.state(torch.tensor(names))
 
     def compress(
-        self, state: PrefillState, panel: Sequence[Policy], prompt_lengths: Tensor | None = None
+        self,
+        state: PrefillState,
+        panel: Sequence[Policy],
+        prompt_lengths: Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> CompressedCache:
         """Every policy's compressed cache of a prefill. The state is not changed."""
-        return CompressedCache(state, panel, prompt_lengths, self.reader, rope_inv_freq(self.model))
+        return CompressedCache(state, panel, prompt_lengths, self.reader, rope_inv_freq(self.model), workspace)
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], panel: Sequence[Policy], max_new_tokens: int
-    ) -> list[list[Generation]]:
+    def generate(self, prompts: Sequence[Prompt], panel: Sequence[Policy], max_new_tokens: int) -> list[list[Generation]]:
         """Greedy answers: for each policy of the panel, one per prompt."""
         watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
         started = self._clock()
@@ -126,59 +126,59 @@ class Engine:
         prefilled = self._clock()
         # a held-back last token belongs to the prompt; a hidden question is not known when budgets are fixed
         lengths = [p.tokens if len(p.question) == 1 else len(p.context) for p in prompts]
-        cache = self.compress(state, panel, torch.tensor(lengths))
+        cache = self.compress(state, panel, torch.tensor(lengths), self._workspace)
         del state  # its exact keys and values are not needed while decoding
-        compressed_tokens = [cache.stores(p)[0].compressed_tokens() for p in range(len(panel))]
         compressed = self._clock()
-        answers, ended = self._decode(cache, prompts, len(panel), max_new_tokens)
+        answers = self._decode(cache, prompts, len(panel), max_new_tokens)
         self.seconds.prefill += prefilled - started
         self.seconds.compress += compressed - prefilled
         self.seconds.decode += self._clock() - compressed
-        results = []
-        for p in range(len(panel)):
-            nbytes, full = cache.nbytes(p), cache.full_nbytes(p)
-            kept, seen = cache.stores(p)[0].kept_tokens(), cache.stores(p)[0].seen
-            rows = range(p * len(prompts), (p + 1) * len(prompts))
-            results.append(
-                [
-                    Generation(
-                        tokens=answers[row],
-                        ended=ended[row],
-                        compressed_tokens=int(compressed_tokens[p][b]),
-                        kept_tokens=int(kept[b]),
-                        seen_tokens=int(seen[b]),
-                        nbytes={kind: int(size[b]) for kind, size in nbytes.items()},
-                        full_nbytes=int(full[b]),
-                    )
-                    for b, row in enumerate(rows)
-                ]
-            )
-        return results
+        return answers
 
     def _decode(
         self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, max_new_tokens: int
-    ) -> tuple[list[list[int]], list[bool]]:
+    ) -> list[list[Generation]]:
         """Feed every row its question, then its own answer, one token a step, until all rows have ended."""
-        questions = [prompt.question for prompt in prompts] * policies
-        positions = torch.tensor([len(prompt.context) for prompt in prompts] * policies)
-        answers: list[list[int]] = [[] for _ in questions]
-        ended = [False] * len(questions)
-        active = torch.ones(len(questions), dtype=torch.bool)
+        rows = [(p, b) for p in range(policies) for b in range(len(prompts))]
+        compressed_tokens = dict(zip(rows, (usage.compressed_tokens for usage in cache.usage()), strict=True))
+        answers: dict[tuple[int, int], list[int]] = {row: [] for row in rows}
+        ended = dict.fromkeys(rows, False)
+        done: dict[tuple[int, int], Generation] = {}
+        positions = torch.tensor([len(prompts[b].context) for _, b in rows])
+        active = torch.ones(len(rows), dtype=torch.bool)
+
+        def finish() -> None:
+            for row, usage, going_on in zip(rows, cache.usage(), active.tolist(), strict=True):
+                if not going_on:
+                    done[row] = Generation(answers[row], ended[row], compressed_tokens[row], usage)
+
         step = 0
         while active.any():
-            fed = [q[step] if step < len(q) else (a[-1] if a else self.pad_token) for q, a in zip(questions, answers, strict=True)]
+            fed = [self._fed(prompts[row[1]].question, answers[row], step) for row in rows]
             chosen = self.step(cache, torch.tensor(fed), positions, active).argmax(dim=-1).tolist()
-            for row in active.nonzero().squeeze(1).tolist():
-                if step < len(questions[row]) - 1:
+            for i in active.nonzero().squeeze(1).tolist():
+                row = rows[i]
+                if step < len(prompts[row[1]].question) - 1:
                     continue  # the question goes on: what the model would have said does not matter
-                if chosen[row] in self.end_tokens:
+                if chosen[i] in self.end_tokens:
                     ended[row] = True
                 else:
-                    answers[row].append(chosen[row])
-                active[row] = not ended[row] and len(answers[row]) < max_new_tokens
+                    answers[row].append(chosen[i])
+                active[i] = not ended[row] and len(answers[row]) < max_new_tokens
             positions = positions + 1
             step += 1
-        return answers, ended
+            if active.sum() <= len(rows) // 2:
+                finish()
+                cache.keep(active)
+                rows = [row for row, going_on in zip(rows, active.tolist(), strict=True) if going_on]
+                positions, active = positions[active], active[active]
+        return [[done[p, b] for b in range(len(prompts))] for p in range(policies)]
+
+    def _fed(self, question: Sequence[int], answer: Sequence[int], step: int) -> int:
+        """The token a row is fed: of its question, then the last of its answer (padding where there is none)."""
+        if step < len(question):
+            return question[step]
+        return answer[-1] if answer else self.pad_token
 
     @torch.inference_mode()
     def step(self, cache: CompressedCache, tokens: Tensor, positions: Tensor, active: Tensor) -> Tensor:

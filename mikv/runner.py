@@ -233,19 +233,17 @@ def _row(run: Run, policy: Policy, sample: Sample, loaded: Loaded, prompt: Promp
         "answer_tokens": len(generation.tokens),
         "ended": generation.ended,
         "compressed_tokens": generation.compressed_tokens,
-        "kept_tokens": generation.kept_tokens,
-        "seen_tokens": generation.seen_tokens,
-        "nbytes": generation.nbytes,
-        "full_nbytes": generation.full_nbytes,
+        "kept_tokens": generation.usage.kept_tokens,
+        "seen_tokens": generation.usage.seen_tokens,
+        "nbytes": generation.usage.nbytes,
+        "full_nbytes": generation.usage.full_nbytes,
         "head_dim": head_dim,
         "reader": run.reader,
     }
 
 
 def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row], seconds: Seconds) -> list[Row]:
-    rows = {
-        policy: [done[run.key(policy, sample.doc_id)] for sample in samples] for policy in run.panel
-    }
+    rows = {policy: [done[run.key(policy, sample.doc_id)] for sample in samples] for policy in run.panel}
     full = next((rows[policy] for policy in run.panel if policy.name == "full"), None)
     twins = None if full is None else {row["doc_id"]: row for row in full}
     summary = []

@@ -12,25 +12,52 @@ A pair is exact in the step that computes it, as in prefill; the store has it fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mikv.attention.reference import decode_attention
-from mikv.cache.policy_store import PolicyStore
+from mikv.cache.policy_store import Change, PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.policy import Policy, check_choice
+from mikv.types import at, layer_chunks
 
 READERS = ("working", "packed")
 # Columns are added in steps of this many when a decode runs on.
 _GROW = 64
 
 
+class Usage(NamedTuple):
+    """What one row holds. Tokens are per layer and head (all hold equally many): seen so far, stored in some tier, and not
+    held at 16 bits (evicted ones included). full_nbytes: the 16-bit cache of the tokens seen, at KV heads."""
+
+    seen_tokens: int
+    kept_tokens: int
+    compressed_tokens: int
+    nbytes: dict[str, int]
+    full_nbytes: int
+
+
+class Workspace:
+    """Memory for working copies that is used again, batch after batch: on a CPU, getting gigabytes of fresh pages from the
+    system costs as much as filling them. One cache at a time may use it; what it hands out holds finite leftovers."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = self._buffers.get((name, dtype, device))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype, device] = torch.zeros(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+
 class CompressedCache(Cache):
-    """Rows are policy-major: row p * B + b is prompt b under policy p.
+    """Rows are policy-major: row p * B + b is prompt b under policy p, until `keep` drops some.
 
     Args:
         state: the prefill of the B prompts; may be empty (no real token in any row).
@@ -38,6 +65,7 @@ class CompressedCache(Cache):
         prompt_lengths: int64 [B]: lengths that budgets of kind `fixed` are shares of; None = the prefill's.
         reader: see above.
         inv_freq: RoPE's inverse frequencies [D / 2], for policies with contiguous positions.
+        workspace: memory for the working copy; None = fresh memory.
     """
 
     def __init__(
@@ -47,15 +75,15 @@ class CompressedCache(Cache):
         prompt_lengths: Tensor | None = None,
         reader: str = "working",
         inv_freq: Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         check_choice("reader", reader, READERS)
-        self.panel = tuple(panel)
-        self.geometry = state.geometry
-        self._lengths = state.lengths
+        self._geometry = state.geometry
         prompt_lengths = state.lengths.tokens if prompt_lengths is None else prompt_lengths
         if inv_freq is None and any(policy.positions == "contiguous" for policy in panel):
             raise ValueError("contiguous positions need the model's RoPE frequencies (inv_freq)")
-        self.banks = [_Bank(state, bank, self.panel, prompt_lengths, reader, inv_freq) for bank in state.banks]
+        workspace = Workspace() if workspace is None else workspace
+        self.banks = [_Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace) for bank in state.banks]
         layers = [_CompressedLayer(bank, i) for bank in self.banks for i in range(len(bank.layers))]
         super().__init__(layers=layers)
 
@@ -67,23 +95,28 @@ class CompressedCache(Cache):
         for bank in self.banks:
             bank.end_step(active)
 
-    def stores(self, policy: int) -> list[PolicyStore]:
-        """The stores of one policy, one per bank."""
-        return [bank.stores[policy] for bank in self.banks]
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but some (bool [R], CPU): those that have ended need no more time and memory."""
+        for bank in self.banks:
+            bank.keep(rows)
 
-    def nbytes(self, policy: int) -> dict[str, Tensor]:
-        """Stored bytes by part of each prompt under one policy, int64 [B]."""
-        total: dict[str, Tensor] = {}
-        for store in self.stores(policy):
-            for kind, size in store.nbytes().items():
-                total[kind] = total.get(kind, 0) + size
-        return total
-
-    def full_nbytes(self, policy: int) -> Tensor:
-        """Bytes of the 16-bit cache of the same tokens, at KV heads, int64 [B]."""
-        geometry = self.geometry
+    def usage(self) -> list[Usage]:
+        """What each row holds now."""
+        geometry = self._geometry
         per_token = geometry.layers * geometry.kv_heads * geometry.head_dim * 2 * 2  # keys and values, 2 bytes each
-        return self.stores(policy)[0].seen * per_token
+        rows = []
+        for stores in zip(*(bank.stores for bank in self.banks), strict=True):
+            nbytes: dict[str, Tensor] = {}
+            for store in stores:
+                for part, size in store.nbytes().items():
+                    nbytes[part] = nbytes[part] + size if part in nbytes else size
+            first = stores[0]
+            for b, (seen, kept, compressed) in enumerate(
+                zip(first.seen.tolist(), first.kept_tokens().tolist(), first.compressed_tokens().tolist(), strict=True)
+            ):
+                sizes = {part: int(size[b]) for part, size in nbytes.items()}
+                rows.append(Usage(seen, kept, compressed, sizes, seen * per_token))
+        return rows
 
 
 class _Bank:
@@ -97,37 +130,47 @@ class _Bank:
         prompt_lengths: Tensor,
         reader: str,
         inv_freq: Tensor | None,
+        workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
         self.stores = [PolicyStore(policy, state, bank, prompt_lengths) for policy in panel]
-        self.batch = len(state.lengths.tokens)
         self.columns = state.lengths.width
-        self.padding = state.lengths.padding
+        self.padding = state.lengths.padding.repeat(len(panel))  # int64 [R]
         layers, _, heads, _, dim = bank.keys.shape
-        rows = len(panel) * self.batch
-        self.keys = bank.keys.new_zeros((layers, rows, heads, dim))  # of the step that is under way
+        self.keys = bank.keys.new_zeros((layers, len(self.padding), heads, dim))  # of the step that is under way
         self.values = torch.zeros_like(self.keys)
         self.mass: list[Tensor] = []
-        self._shape = (rows, heads, dim)
-        self._dtype = state.dtype
-        self._reindexed = _Reindex.of(panel, self.batch, inv_freq)
+        self._reindex = None if inv_freq is None else _Reindex(inv_freq)
+        self._workspace = workspace
         self.working: _Dense | None = None
         if reader == "working":
             self.working = self._dense(layers)
-            self._fill(self.working, slice(None))
+            for chunk in layer_chunks(bank.keys.shape):
+                self._fill(self.working, chunk, chunk)
+
+    def rows(self) -> Iterator[tuple[PolicyStore, slice]]:
+        """Each policy's store and its rows."""
+        start = 0
+        for store in self.stores:
+            rows = slice(start, start + len(store.seen))
+            yield store, rows
+            start = rows.stop
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """One decode step of one layer; the new pair is in self.keys / self.values."""
         if self.working is None:
             dense, index = self._dense(1), 0
-            self._fill(dense, slice(layer, layer + 1))
+            self._fill(dense, slice(layer, layer + 1), slice(None))
         else:
             dense, index = self.working, layer
         dense.write_newest(index, self.columns, self.keys[layer], self.values[layer])
         keys, values, present = dense.view(index, self.columns + 1)
-        if self._reindexed is not None:
-            keys = self._reindexed(keys, present, self.padding)
-        out, mass = decode_attention(query, keys, values, present, scaling)
+        replace = []
+        for store, rows in self.rows():
+            if store.policy.positions == "contiguous":
+                assert self._reindex is not None
+                replace.append((rows, self._reindex(keys[rows], present[rows], self.padding[rows])))
+        out, mass = decode_attention(query, keys, values, present, scaling, replace)
         self.mass.append(mass)
         return out
 
@@ -137,21 +180,36 @@ class _Bank:
         self.columns += 1
         if self.working is not None:
             self.working.reserve(self.columns + 1)
-        for p, store in enumerate(self.stores):
-            rows = slice(p * self.batch, (p + 1) * self.batch)
-            changes = store.step(self.keys[:, rows], self.values[:, rows], mass[:, rows], self.padding, active[rows])
+        for store, rows in self.rows():
+            padding = self.padding[rows]
+            changes = store.step(self.keys[:, rows], self.values[:, rows], mass[:, rows], padding, active[rows])
             if self.working is not None:
                 for change in changes:
-                    self.working.apply(rows, change.positions, change.keys, change.values, change.rows, self.padding)
+                    self.working.apply(rows, change, padding)
+
+    def keep(self, rows: Tensor) -> None:
+        kept = []
+        for store, mine in self.rows():
+            if rows[mine].any():
+                store.select(rows[mine])
+                kept.append(store)
+        self.stores = kept
+        self.padding = self.padding[rows]
+        there = rows.to(self.keys.device)
+        self.keys, self.values = self.keys[:, there], self.values[:, there]
+        if self.working is not None:
+            self.working.select(there)
 
     def _dense(self, layers: int) -> _Dense:
-        return _Dense(layers, *self._shape, self.columns + 1, self._dtype, self.layers.device)
+        _, rows, heads, dim = self.keys.shape
+        shape = (layers, rows, heads, 1 + self.columns + 1 + _GROW, dim)
+        return _Dense(shape, self.keys.dtype, self.keys.device, self._workspace)
 
-    def _fill(self, dense: _Dense, layers: slice) -> None:
-        for p, store in enumerate(self.stores):
-            rows = slice(p * self.batch, (p + 1) * self.batch)
+    def _fill(self, dense: _Dense, layers: slice, into: slice) -> None:
+        """Write some layers of all stores into layers of a dense copy."""
+        for store, rows in self.rows():
             for positions, used, keys, values in store.read(layers):
-                dense.write(rows, positions, used, keys, values, self.padding)
+                dense.write(into, rows, positions, used, keys, values, self.padding[rows])
 
 
 class _Dense:
@@ -161,12 +219,10 @@ class _Dense:
     every write is one scatter; it is never attended.
     """
 
-    def __init__(
-        self, layers: int, rows: int, heads: int, dim: int, columns: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.keys = torch.zeros((layers, rows, heads, 1 + columns, dim), dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.present = torch.zeros((layers, rows, heads, 1 + columns), dtype=torch.bool, device=device)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, workspace: Workspace) -> None:
+        self.keys = workspace.take("keys", shape, dtype, device)
+        self.values = workspace.take("values", shape, dtype, device)
+        self.present = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
 
     def view(self, layer: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first `columns` columns of a layer: [R, H, S, D] twice, bool [R, H, S]."""
@@ -182,6 +238,10 @@ class _Dense:
         self.values = _extend(self.values, more)
         self.present = _extend(self.present, more)
 
+    def select(self, rows: Tensor) -> None:
+        """Keep only some rows (bool [R])."""
+        self.keys, self.values, self.present = self.keys[:, rows], self.values[:, rows], self.present[:, rows]
+
     def write_newest(self, layer: int, column: int, keys: Tensor, values: Tensor) -> None:
         """The pair of the step under way: [R, H, D]."""
         self.keys[layer, :, :, 1 + column] = keys
@@ -189,35 +249,33 @@ class _Dense:
         self.present[layer, :, :, 1 + column] = True
 
     def write(
-        self, rows: slice, positions: Tensor, used: Tensor, keys: Tensor, values: Tensor, padding: Tensor
-    ) -> None:
-        """Slots of a store: positions [L, B, H, S], used bool [B, S], keys and values [L, B, H, S, D]."""
-        device = self.keys.device
-        columns = 1 + positions + padding.to(device)[None, :, None, None]
-        columns = torch.where(used.to(device)[None, :, None, :], columns, 0)
-        at = columns[..., None].expand(keys.shape)
-        self.keys[:, rows].scatter_(3, at, keys.to(self.keys.dtype))
-        self.values[:, rows].scatter_(3, at, values.to(self.values.dtype))
-        self.present[:, rows].scatter_(3, columns, True)
-
-    def apply(
         self,
+        layers: slice,
         rows: slice,
         positions: Tensor,
-        keys: Tensor | None,
-        values: Tensor | None,
-        happened: Tensor,
+        used: Tensor,
+        keys: Tensor,
+        values: Tensor,
         padding: Tensor,
     ) -> None:
-        """A Change of a store: one token per layer, row and head is rewritten, or goes (keys None)."""
-        columns = 1 + positions + padding.to(positions.device)[None, :, None]
-        columns = torch.where(happened.to(positions.device)[None, :, None], columns, 0)[..., None]
-        if keys is None or values is None:
-            self.present[:, rows].scatter_(3, columns, False)
+        """Slots of a store: positions [l, B, H, S], used bool [B, S], keys and values [l, B, H, S, D]."""
+        device = self.keys.device
+        columns = 1 + positions + padding.to(device)[None, :, None, None]
+        where = at(keys.shape, torch.where(used.to(device)[None, :, None, :], columns, 0))
+        self.keys[layers, rows][where] = keys.to(self.keys.dtype)
+        self.values[layers, rows][where] = values.to(self.values.dtype)
+        self.present[layers, rows][where] = True
+
+    def apply(self, rows: slice, change: Change, padding: Tensor) -> None:
+        """One token per layer, row and head is rewritten, or goes."""
+        device = self.keys.device
+        columns = 1 + change.positions + padding.to(device)[None, :, None]
+        where = at(columns.shape, torch.where(change.rows.to(device)[None, :, None], columns, 0))
+        if change.keys is None or change.values is None:
+            self.present[:, rows][where] = False
             return
-        at = columns[..., None].expand(*columns.shape, keys.shape[-1])
-        self.keys[:, rows].scatter_(3, at, keys.to(self.keys.dtype).unsqueeze(3))
-        self.values[:, rows].scatter_(3, at, values.to(self.values.dtype).unsqueeze(3))
+        self.keys[:, rows][where] = change.keys.to(self.keys.dtype)
+        self.values[:, rows][where] = change.values.to(self.values.dtype)
 
 
 def _extend(x: Tensor, more: int) -> Tensor:
@@ -225,36 +283,28 @@ def _extend(x: Tensor, more: int) -> Tensor:
 
 
 class _Reindex:
-    """Positions inside the cache, for the rows that want them.
+    """Positions inside the cache, for the policies that want them.
 
     With n tokens evicted after a key, a re-indexed cache shows it n places nearer to the query than its own position
     says. Rotating the stored key (RoPE already applied) by n more places does just that, and only relative places matter.
     """
 
-    def __init__(self, rows: Tensor, inv_freq: Tensor) -> None:
-        self._rows, self._inv_freq = rows, inv_freq.float()
-
-    @classmethod
-    def of(cls, panel: Sequence[Policy], batch: int, inv_freq: Tensor | None) -> _Reindex | None:
-        rows = [
-            p * batch + b for p, policy in enumerate(panel) if policy.positions == "contiguous" for b in range(batch)
-        ]
-        return cls(torch.tensor(rows), inv_freq) if rows and inv_freq is not None else None
+    def __init__(self, inv_freq: Tensor) -> None:
+        self._inv_freq = inv_freq.float()
+        self._cos = self._sin = inv_freq.new_zeros((0, len(inv_freq)), dtype=torch.float32)
 
     def __call__(self, keys: Tensor, present: Tensor, padding: Tensor) -> Tensor:
-        """keys [R, H, S, D], present [R, H, S], padding int64 [B] -> keys, rotated in the re-indexed rows."""
-        device = keys.device
-        rows = self._rows.to(device)
-        columns = torch.arange(keys.shape[2], device=device)
-        real = columns >= padding.to(device)[rows % len(padding)][:, None, None]
-        gone = (real & ~present[rows]).long()
-        gone_after = gone.flip(-1).cumsum(-1).flip(-1) - gone
-        angle = gone_after[..., None].float() * self._inv_freq.to(device)
-        cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
-        own = keys[rows].float()
-        left, right = own.chunk(2, dim=-1)
-        rotated = own * cos + torch.cat((-right, left), dim=-1) * sin
-        return keys.index_copy(0, rows, rotated.to(keys.dtype))
+        """keys [B, H, S, D], present bool [B, H, S], padding int64 [B] -> rotated keys."""
+        columns = torch.arange(keys.shape[2], device=keys.device)
+        real = (columns >= padding.to(keys.device)[:, None])[:, None]
+        if len(self._cos) <= len(columns):
+            angles = torch.arange(2 * len(columns), device=keys.device)[:, None] * self._inv_freq.to(keys.device)
+            self._cos, self._sin = angles.cos(), angles.sin()
+        gone = (real & ~present).long()
+        gone_after = gone.sum(-1, keepdim=True) - gone.cumsum(-1)
+        cos, sin = self._cos[gone_after], self._sin[gone_after]
+        left, right = keys.float().chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(keys.dtype)
 
 
 class _CompressedLayer(CacheLayerMixin):

@@ -8,6 +8,7 @@ INT2) is quantized from what that tier still knows of it, at most once per tier.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.tier_store import Pairs, TierStore
 from mikv.policy import Policy
 from mikv.quant.balance import balancer
+from mikv.types import at, layer_chunks
 
 
 class Change(NamedTuple):
@@ -72,20 +74,25 @@ class PolicyStore:
         dtype: torch.dtype,
     ) -> TierStore:
         count = members[0, :, 0].sum(dim=-1).cpu()  # the same for all layers and heads: budgets are numbers of tokens
-        slots = max(1, int(count.max()))
-        columns = (~members).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]  # members first, in order
-        at = columns[..., None].expand(*columns.shape, bank.keys.shape[-1])
-        pairs = Pairs(
-            bank.keys.gather(3, at),
-            bank.values.gather(3, at),
-            positions.gather(3, columns),
-            None if scores is None else scores.gather(3, columns),
-        )
+        columns = (~members).to(torch.uint8).argsort(dim=-1, stable=True)  # members first, in order
+        columns = columns[..., : int(count.max())]
+
+        def chunks() -> Iterator[Pairs]:
+            for layers in layer_chunks(bank.keys.shape):
+                where = at(bank.keys[layers].shape, columns[layers])
+                yield Pairs(
+                    bank.keys[layers][where],
+                    bank.values[layers][where],
+                    positions[layers][where],
+                    None if scores is None else scores[layers][where],
+                )
+
         last = index == len(self.policy.tiers) - 1
         return TierStore(
             self.policy.tiers[index],
-            pairs,
+            chunks(),
             count,
+            bank.keys.shape[-1],
             None if self.balancer is None else self.balancer.unsqueeze(3),
             dtype,
             with_positions=len(self.policy.tiers) > 1,
@@ -116,8 +123,8 @@ class PolicyStore:
                     tier.set_scores(policy.importance.decode(scores, mass.gather(3, columns)))
             entry = policy.importance.entry(self._layers, self._rows, positions, self._heads)
             entry = policy.importance.decode(entry, mass[..., -1])
-        at = positions[None, :, None].expand(keys.shape[:3])
-        changes = [Change(at, *self.tiers[0].put(Pairs(keys, values, at, entry), active), active)]
+        newest = positions[None, :, None].expand(keys.shape[:3])
+        changes = [Change(newest, *self.tiers[0].put(Pairs(keys, values, newest, entry), active), active)]
         self.seen = self.seen + active  # never in place: what was handed out keeps its value
         for index, quota in enumerate(policy.quotas(self._budget_lengths())):
             held = torch.stack([tier.count for tier in self.tiers[: index + 1]]).sum(dim=0)
@@ -144,6 +151,15 @@ class PolicyStore:
 
     def _budget_lengths(self) -> Tensor:
         return self.seen if self.policy.budget == "ratio" else self._prompt_lengths
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only some rows (bool [B], CPU)."""
+        there = rows.to(self._layers.device)
+        for tier in self.tiers:
+            tier.select(rows)
+        self.seen, self._prompt_lengths, self._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
+        if self.balancer is not None:
+            self.balancer = self.balancer[:, there]
 
     def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values

@@ -3,13 +3,14 @@ belongs to them. This is what a compressed cache really holds; bytes are counted
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mikv.quant.codec import Codec, Parts, storage_dtype
-from mikv.types import Tier
+from mikv.types import Index, Tier, at
 
 # Slots are appended in steps of this many, so that a decode step rarely has to move the store.
 _GROW = 32
@@ -29,7 +30,8 @@ class TierStore:
 
     Args:
         tier: bits and group.
-        pairs: initial content, [L, B, H, S, ...]; of row b the first count[b] slots are used.
+        chunks: initial content, [l, B, H, S, ...] for consecutive slices of layers; of row b the first count[b] slots
+            are used.
         count: int64 [B], on the CPU.
         balancer: float32 [L, B, H, 1, D] for keys of a quantized tier, or None.
         compute: dtype of the model.
@@ -40,14 +42,14 @@ class TierStore:
     def __init__(
         self,
         tier: Tier,
-        pairs: Pairs,
+        chunks: Iterable[Pairs],
         count: Tensor,
+        head_dim: int,
         balancer: Tensor | None,
         compute: torch.dtype,
         with_positions: bool,
         with_scores: bool,
     ) -> None:
-        head_dim = pairs.keys.shape[-1]
         group = tier.group_size(head_dim)
         self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
         self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
@@ -56,19 +58,23 @@ class TierStore:
         self.tier = tier
         self.count = count.clone()
         self._longest = int(count.max())  # upper bound of count, known without looking
-        self.parts = self._encode(pairs)
+        encoded: list[Parts] = []
+        for pairs in chunks:
+            start = sum(len(parts["keys.codes" if tier.k < 16 else "keys.raw"]) for parts in encoded)
+            encoded.append(self._encode(pairs, slice(start, start + len(pairs.keys))))
+        self.parts = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
 
     @property
     def slots(self) -> int:
         """Slots that are allocated, used or not."""
-        return next(iter(self.parts.values())).shape[3]
+        return self._shape[3]
 
     def positions(self) -> Tensor:
         """int64 [L, B, H, S]; of unused slots whatever lies there."""
         if self._with_positions:
             return self.parts["positions"].squeeze(-1).long()
-        some = next(iter(self.parts.values()))
-        return torch.arange(some.shape[3], device=some.device).expand(some.shape[:4])
+        shape = self._shape
+        return torch.arange(shape[3], device=next(iter(self.parts.values())).device).expand(shape[:4])
 
     def scores(self) -> Tensor | None:
         """float32 [L, B, H, S], or None where none are stored."""
@@ -95,8 +101,9 @@ class TierStore:
         one_slot = Pairs(*(None if x is None else x.unsqueeze(3) for x in pairs))  # type: ignore[arg-type]
         encoded = self._encode(one_slot)
         # a row that gets nothing is written too, behind its last used slot: that slot stays unused
+        end = self._index(self.count)
         for name, part in encoded.items():
-            self.parts[name].scatter_(3, self._index(self.count, part), part)
+            self.parts[name][end] = part.squeeze(3)
         self.count = self.count + rows
         self._longest += 1
         keys, values = self._decode(encoded)
@@ -107,22 +114,29 @@ class TierStore:
 
         Returns all of them [L, B, H, ...], dequantized.
         """
-        last = (self.count - 1).clamp(min=0)
-        taken = {name: part.gather(3, self._index(slot, part[:, :, :, :1])) for name, part in self.parts.items()}
-        # where nothing is removed, the last token is written over itself
-        gap = torch.where(rows.to(slot.device)[None, :, None], slot, last.to(slot.device)[None, :, None])
+        taken = {name: part[at(part.shape, slot)].unsqueeze(3) for name, part in self.parts.items()}
+        # the gap is filled by the last token; where nothing is removed, that one is written over itself
+        last = self._index((self.count - 1).clamp(min=0))
+        gap = at(self._shape, torch.where(rows.to(slot.device)[None, :, None], slot, last[3]))
         for part in self.parts.values():
-            one = part[:, :, :, :1]
-            part.scatter_(3, self._index(gap, one), part.gather(3, self._index(last, one)))
+            part[gap] = part[last]
         keys, values = self._decode(taken)
-        positions = taken["positions"].squeeze(-1).long().squeeze(3)
-        scores = taken["scores"].squeeze(-1).squeeze(3) if self._with_scores else None
+        positions = taken["positions"].long().squeeze(-1).squeeze(-1)
+        scores = taken["scores"].squeeze(-1).squeeze(-1) if self._with_scores else None
         self.count = self.count - rows.long()
         return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
 
+    def select(self, rows: Tensor) -> None:
+        """Keep only some rows (bool [B], CPU)."""
+        there = rows.to(next(iter(self.parts.values())).device)
+        self.parts = {name: part[:, there] for name, part in self.parts.items()}
+        self.count = self.count[rows]
+        if self._balancer is not None:
+            self._balancer = self._balancer[:, there]
+
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""
-        layers, _, heads = next(iter(self.parts.values())).shape[:3]
+        layers, _, heads = self._shape[:3]
         per_part: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             kind = name.rpartition(".")[2]
@@ -130,13 +144,9 @@ class TierStore:
             per_part[kind] = per_part.get(kind, torch.zeros_like(self.count)) + self.count * slot_bytes
         return per_part
 
-    def allocated(self) -> int:
-        """Bytes of all tensors, unused slots included."""
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
-
-    def _encode(self, pairs: Pairs) -> Parts:
-        """Parts [L, B, H, S, *] of pairs [L, B, H, S, ...]."""
-        keys = pairs.keys.float() if self._balancer is None else pairs.keys.float() * self._balancer
+    def _encode(self, pairs: Pairs, layers: slice = slice(None)) -> Parts:
+        """Parts [l, B, H, S, *] of pairs [l, B, H, S, ...] of some layers."""
+        keys = pairs.keys if self._balancer is None else pairs.keys.float() * self._balancer[layers]
         parts = {f"keys.{name}": part for name, part in self._key_codec.encode(keys).items()}
         parts |= {f"values.{name}": part for name, part in self._value_codec.encode(pairs.values).items()}
         if self._with_positions:
@@ -153,11 +163,16 @@ class TierStore:
             keys = keys / self._balancer[layers]
         return keys, values
 
-    def _index(self, slot: Tensor, part: Tensor) -> Tensor:
-        """slot, int64 [B] or [L, B, H] -> index of dimension 3 for a part [L, B, H, 1, *]."""
-        slot = slot.to(part.device)
-        slot = slot[None, :, None] if slot.dim() == 1 else slot
-        return slot[..., None, None].expand(part.shape)
+    @property
+    def _shape(self) -> torch.Size:
+        """[L, B, H, S, *] of some part."""
+        return next(iter(self.parts.values())).shape
+
+    def _index(self, slot: Tensor) -> Index:
+        """Index of one slot per row (int64 [B]), the same for all layers and heads."""
+        shape = self._shape
+        device = next(iter(self.parts.values())).device
+        return at(shape, slot.to(device)[None, :, None].expand(shape[:3]))
 
     def _grow(self) -> None:
         for name, part in self.parts.items():

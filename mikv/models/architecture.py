@@ -29,7 +29,9 @@ def geometry(config: Any) -> Geometry:
     """
     name = getattr(config, "model_type", "?")
     if getattr(config, "kv_lora_rank", None):
-        raise Unsupported(f"{name} has multi-head latent attention: its cache holds latents, not the keys and values that tiers are made of")
+        raise Unsupported(
+            f"{name} has multi-head latent attention: its cache holds latents, not the keys and values that tiers are made of"
+        )
     if getattr(config, "attn_logit_softcapping", None):
         raise Unsupported(f"{name} caps its attention scores (attn_logit_softcapping): the cache's attention does not")
     windowed = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}

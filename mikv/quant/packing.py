@@ -45,11 +45,11 @@ def unpack(words: Tensor, bits: int, head_dim: int) -> Tensor:
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    fields = codes.to(torch.int32).unflatten(-1, (16 // bits, -1))  # [..., field, word]
+    fields = codes.to(torch.int16).unflatten(-1, (16 // bits, -1))  # [..., field, word]
     words = fields[..., 0, :].clone()
     for field in range(1, 16 // bits):
-        words |= fields[..., field, :] << (bits * field)
-    return words.to(torch.int16)  # keeps the low 16 bits
+        words |= fields[..., field, :] << (bits * field)  # the last field fills the sign bit
+    return words
 
 
 def _unpack_plane(words: Tensor, bits: int) -> Tensor:
