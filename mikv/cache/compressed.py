@@ -270,7 +270,7 @@ class _Dense:
         """One token per layer, row and head is rewritten, or goes."""
         device = self.keys.device
         columns = 1 + change.positions + padding.to(device)[None, :, None]
-        where = at(columns.shape, torch.where(change.rows.to(device)[None, :, None], columns, 0))
+        where = at(columns.shape, torch.where(change.where, columns, 0))
         if change.keys is None or change.values is None:
             self.present[:, rows][where] = False
             return

@@ -23,12 +23,22 @@ from mikv.types import at, layer_chunks
 
 class Change(NamedTuple):
     """A token whose stored value changed: positions int64 [L, B, H]; keys, values float32 [L, B, H, D], or None where it
-    was evicted; rows bool [B] (CPU): where it happened at all."""
+    was evicted; where bool [L, B, H]: whether it happened at all."""
 
     positions: Tensor
     keys: Tensor | None
     values: Tensor | None
-    rows: Tensor
+    where: Tensor
+
+
+def _lowest(value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The slot with the lowest value [L, B, H, S], its value and its position, each [L, B, H]; ties: the earliest token."""
+    if not value.shape[-1]:
+        none = positions.new_zeros(positions.shape[:3])
+        return none, torch.full_like(none, torch.inf, dtype=value.dtype), none
+    least = value.amin(dim=-1, keepdim=True)
+    slot = torch.where(value == least, positions, torch.iinfo(torch.int64).max).argmin(dim=-1, keepdim=True)
+    return slot.squeeze(-1), least.squeeze(-1), positions.gather(-1, slot).squeeze(-1)
 
 
 class PolicyStore:
@@ -123,31 +133,52 @@ class PolicyStore:
                     tier.set_scores(policy.importance.decode(scores, mass.gather(3, columns)))
             entry = policy.importance.entry(self._layers, self._rows, positions, self._heads)
             entry = policy.importance.decode(entry, mass[..., -1])
-        newest = positions[None, :, None].expand(keys.shape[:3])
-        changes = [Change(newest, *self.tiers[0].put(Pairs(keys, values, newest, entry), active), active)]
+        incoming = Pairs(keys, values, positions[None, :, None].expand(keys.shape[:3]), entry)
+        arriving = active
         self.seen = self.seen + active  # never in place: what was handed out keeps its value
-        for index, quota in enumerate(policy.quotas(self._budget_lengths())):
-            held = torch.stack([tier.count for tier in self.tiers[: index + 1]]).sum(dim=0)
-            over = (held > quota) & active
-            if over.any():
-                changes.append(self._demote(index, over))
+        quotas = policy.quotas(self._budget_lengths())
+        changes = []
+        for index, tier in enumerate(self.tiers):
+            held = torch.stack([t.count for t in self.tiers[: index + 1]]).sum(dim=0) + arriving
+            leaving = (held > quotas[index]) & active if index < len(quotas) else torch.zeros_like(active)
+            if arriving.any() or leaving.any():
+                change, incoming = self._settle(tier, incoming, arriving, leaving)
+                changes.append(change)
+            arriving = leaving
+        if policy.evicts and arriving.any():
+            gone = arriving.to(device)[None, :, None].expand(keys.shape[:3])
+            changes.append(Change(incoming.positions, None, None, gone))
         return changes
 
-    def _demote(self, index: int, rows: Tensor) -> Change:
-        """Move the least important token of tier `index` one tier down, in the rows where `rows` is True."""
-        tier = self.tiers[index]
+    def _settle(self, tier: TierStore, incoming: Pairs, arriving: Tensor, leaving: Tensor) -> tuple[Change, Pairs]:
+        """Let a token into a tier and the least important one out of it, whichever it is.
+
+        incoming [L, B, H, ...] counts in the rows where `arriving` is True (bool [B], CPU); one token leaves the rows where
+        `leaving` is. A token that leaves at once is never stored here: it goes on as exact as it came.
+        Returns what was stored, and the tokens that leave.
+        """
         device = self._layers.device
-        positions = tier.positions()
-        unused = ~tier.used().to(device)[None, :, None, :]
-        first_quota = self.policy.quotas(self._budget_lengths())[0].to(device)[None, :, None, None]
-        value = self.policy.priority(tier.scores(), positions, self.seen.to(device)[None, :, None, None], first_quota)
-        value = value.masked_fill(unused, torch.inf)
-        lowest = value == value.amin(dim=-1, keepdim=True)
-        slot = torch.where(lowest, positions, torch.iinfo(torch.int64).max).argmin(dim=-1)  # ties: the earliest
-        pairs = tier.take(slot, rows)
-        if index + 1 == len(self.tiers):
-            return Change(pairs.positions, None, None, rows)
-        return Change(pairs.positions, *self.tiers[index + 1].put(pairs, rows), rows)
+        seen = self.seen.to(device)[None, :, None]
+        rejected = torch.zeros_like(incoming.positions, dtype=torch.bool)
+        slot = torch.zeros_like(incoming.positions)
+        if leaving.any():
+            first_quota = self.policy.quotas(self._budget_lengths())[0].to(device)[None, :, None]
+            positions = tier.positions()
+            value = self.policy.priority(tier.scores(), positions, seen[..., None], first_quota[..., None])
+            unused = ~tier.used().to(device)[None, :, None, :]
+            slot, least, at_position = _lowest(value.masked_fill(unused, torch.inf), positions)
+            mine = self.policy.priority(incoming.scores, incoming.positions, seen, first_quota)
+            lower = (mine < least) | ((mine == least) & (incoming.positions < at_position))
+            rejected = lower & (arriving & leaving).to(device)[None, :, None]
+        stored, taken = tier.exchange(incoming, slot, arriving, leaving, rejected)
+        outgoing = Pairs(
+            torch.where(rejected[..., None], incoming.keys.float(), taken.keys),
+            torch.where(rejected[..., None], incoming.values.float(), taken.values),
+            torch.where(rejected, incoming.positions, taken.positions),
+            None if taken.scores is None or incoming.scores is None else torch.where(rejected, incoming.scores, taken.scores),
+        )
+        here = arriving.to(device)[None, :, None] & ~rejected
+        return Change(incoming.positions, *stored, here), outgoing
 
     def _budget_lengths(self) -> Tensor:
         return self.seen if self.policy.budget == "ratio" else self._prompt_lengths

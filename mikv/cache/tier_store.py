@@ -91,39 +91,49 @@ class TierStore:
         """Dequantized keys (balancer undone) and values of some layers, float32 [l, B, H, S, D]."""
         return self._decode({name: part[layers] for name, part in self.parts.items()}, layers)
 
-    def put(self, pairs: Pairs, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one token [L, B, H, ...] to each row where rows (bool [B], CPU) is True.
+    def exchange(
+        self, incoming: Pairs, slot: Tensor, arriving: Tensor, leaving: Tensor, rejected: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Pairs]:
+        """One token comes, one goes, per layer and head of each row.
 
-        Returns keys and values as they are read back, float32 [L, B, H, D].
+        Args:
+            incoming: [L, B, H, ...]; appended where only `arriving`, put into `slot` where a token also leaves.
+            slot: int64 [L, B, H], the token that leaves.
+            arriving, leaving: bool [B], CPU.
+            rejected: bool [L, B, H]: the incoming token is the one that goes; nothing is stored here.
+
+        Returns:
+            Keys and values of the incoming token as they are read back, float32 [L, B, H, D], and the token that was in
+            `slot`, dequantized.
         """
         if self._longest == self.slots:
             self._grow()
-        one_slot = Pairs(*(None if x is None else x.unsqueeze(3) for x in pairs))  # type: ignore[arg-type]
-        encoded = self._encode(one_slot)
-        # a row that gets nothing is written too, behind its last used slot: that slot stays unused
-        end = self._index(self.count)
-        for name, part in encoded.items():
-            self.parts[name][end] = part.squeeze(3)
-        self.count = self.count + rows
-        self._longest += 1
-        keys, values = self._decode(encoded)
-        return keys.squeeze(3), values.squeeze(3)
-
-    def take(self, slot: Tensor, rows: Tensor) -> Pairs:
-        """Remove the tokens in `slot` (int64 [L, B, H]) where rows is True; the last token fills the gap.
-
-        Returns all of them [L, B, H, ...], dequantized.
-        """
+        device = slot.device
         taken = {name: part[at(part.shape, slot)].unsqueeze(3) for name, part in self.parts.items()}
-        # the gap is filled by the last token; where nothing is removed, that one is written over itself
-        last = self._index((self.count - 1).clamp(min=0))
-        gap = at(self._shape, torch.where(rows.to(slot.device)[None, :, None], slot, last[3]))
-        for part in self.parts.values():
-            part[gap] = part[last]
-        keys, values = self._decode(taken)
-        positions = taken["positions"].long().squeeze(-1).squeeze(-1)
-        scores = taken["scores"].squeeze(-1).squeeze(-1) if self._with_scores else None
-        self.count = self.count - rows.long()
+        emptied = leaving & ~arriving
+        if emptied.any():  # the gap is filled by the last token; in other rows that one is written over itself
+            last = self._index((self.count - 1).clamp(min=0))
+            gap = at(self._shape, torch.where(emptied.to(device)[None, :, None], slot, last[3]))
+            for part in self.parts.values():
+                part[gap] = part[last]
+        self.count = self.count - emptied.long()
+        # what must not be stored is written too, behind the last used slot: that slot stays unused
+        replaces = (arriving & leaving).to(device)[None, :, None] & ~rejected
+        target = at(self._shape, torch.where(replaces, slot, self.count.to(device)[None, :, None]))
+        encoded = self._encode(Pairs(*(None if x is None else x.unsqueeze(3) for x in incoming)))  # type: ignore[arg-type]
+        for name, part in encoded.items():
+            self.parts[name][target] = part.squeeze(3)
+        appended = arriving & ~leaving
+        self.count = self.count + appended.long()
+        self._longest += int(appended.any())
+        keys, values = self._decode(encoded)
+        return (keys.squeeze(3), values.squeeze(3)), self._pairs(taken)
+
+    def _pairs(self, one_slot: Parts) -> Pairs:
+        """Dequantized pairs [L, B, H, ...] of parts [L, B, H, 1, *]."""
+        keys, values = self._decode(one_slot)
+        positions = one_slot["positions"].long().flatten(2) if self._with_positions else self.positions()[..., 0]
+        scores = one_slot["scores"].flatten(2) if self._with_scores else None
         return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
 
     def select(self, rows: Tensor) -> None:

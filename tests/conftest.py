@@ -1,0 +1,79 @@
+"""What all tests share: tiny random models, prompts, and every policy of conf/policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+from mikv.attention.install import install
+from mikv.config import CONF, policy
+from mikv.engine import Engine, Prompt
+from mikv.models.tiny import tiny_config, tiny_model
+from mikv.policy import Policy
+
+install()
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+POLICIES = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
+NO_END: frozenset[int] = frozenset()
+
+
+@cache
+def model(architecture: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "mikv", **shape: Any) -> Any:
+    """A tiny random model; the same weights for every `attention`."""
+    return tiny_model(tiny_config(architecture, **shape), dtype, attention=attention)
+
+
+def engine(reader: str = "working", **options: Any) -> Engine:
+    """An engine that never ends an answer by itself, so that tests decide how far it decodes."""
+    return Engine(model(**options), NO_END, 257, reader)
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prompt(length: int, seed: int = 0, question: int = 1) -> Prompt:
+    """A prompt of `length` random tokens, the last `question` of which are the question."""
+    ids = tokens(length, seed)
+    return Prompt(ids[: length - question], ids[length - question :])
+
+
+def answers(engine: Engine, prompts: Sequence[Prompt], panel: Sequence[Policy], steps: int = 8) -> list[list[list[int]]]:
+    """Answer tokens by policy and prompt."""
+    return [[g.tokens for g in row] for row in engine.generate(prompts, panel, steps)]
+
+
+def bits_everywhere(name: str, bits: int) -> Policy:
+    """A policy of conf/policy with `bits` in every tier that it stores; one that evicts keeps everything."""
+    from omegaconf import DictConfig, OmegaConf
+
+    options = OmegaConf.load(CONF / "policy" / f"{name}.yaml").items()
+    overrides: dict[str, Any] = {f"{key}.bits": bits for key, value in options if isinstance(value, DictConfig)}
+    if policy(name).evicts:
+        overrides["keep"] = 1.0
+    return policy(name, overrides)
+
+
+@pytest.fixture(params=POLICIES)
+def any_policy(request: pytest.FixtureRequest) -> Policy:
+    """Every policy of conf/policy, found by listing the folder."""
+    return policy(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """Tiny tensors are slower on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,281 @@
+"""What must be true of every policy, found by listing conf/policy: the identities and traps of shared/reading/pitfalls.md.
+
+A new policy is tested here without touching this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import NO_END, POLICIES, answers, bits_everywhere, engine, model, prompt, tokens
+
+from mikv.cache.compressed import Usage
+from mikv.config import policy
+from mikv.engine import Engine, Prompt
+from mikv.policy import Policy, exact
+from mikv.types import Tier
+
+LENGTHS = (41, 17, 30, 2)  # odd, short, even, and one token of context
+
+
+def stock_answer(architecture: str, dtype: torch.dtype, ids: list[int], steps: int, **shape: Any) -> list[int]:
+    """Greedy answer of transformers' own cache and attention, the last prompt token decoded, as the engine does it."""
+    from transformers import DynamicCache
+
+    stock = model(architecture, dtype, "eager", **shape)
+    past = DynamicCache(config=stock.config)
+    with torch.inference_mode():
+        stock(torch.tensor([ids[:-1]]), past_key_values=past)
+        answer: list[int] = []
+        for _ in range(steps):
+            fed = answer[-1] if answer else ids[-1]
+            answer.append(int(stock(torch.tensor([[fed]]), past_key_values=past).logits[0, -1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_16_bits_everywhere_is_the_stock_cache_token_for_token(name: str, dtype: torch.dtype) -> None:
+    lossless = bits_everywhere(name, 16)
+    assert lossless.lossless or lossless.evicts
+    mine = answers(engine(dtype=dtype), [prompt(41, seed=s) for s in range(3)], [lossless], steps=16)[0]
+    assert mine == [stock_answer("llama", dtype, tokens(41, seed=s), 16) for s in range(3)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_keeping_everything_is_uniform_and_keeping_nothing_is_uniform(name: str) -> None:
+    """ratio 1 = every token in the first tier, ratio 0 = every token in the last: both are uniform quantization."""
+    if not policy(name).shares:
+        pytest.skip(f"{name} has a single tier: it has no ratio")
+    if policy(name).evicts:
+        pytest.skip(f"{name} evicts: with ratio 0 there is nothing to compare with")
+    for keep, tier in ((1.0, "high"), (0.0, "low")):
+        bits = {"high.bits": 8, "low.bits": 3, "keep": keep}
+        mine = policy(name, bits)
+        uniform = policy("uniform", {"tier.bits": bits[f"{tier}.bits"], "balance": mine.balance})
+        got, wanted = logits_of(engine(), [mine, uniform], steps=6)
+        assert torch.equal(got, wanted)
+
+
+def logits_of(run: Engine, panel: list[Policy], steps: int, ids: list[int] | None = None) -> torch.Tensor:
+    """Logits [P, steps, V] of a forced continuation: all policies are fed the same tokens."""
+    ids = tokens(40) if ids is None else ids
+    forced = tokens(steps, seed=99)
+    watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
+    cache = run.compress(run.prefill([ids], watched), panel)
+    active = torch.ones(len(panel), dtype=torch.bool)
+    out = []
+    for i, token in enumerate(forced):
+        out.append(run.step(cache, torch.full((len(panel),), token), torch.full((len(panel),), len(ids) + i), active))
+    return torch.stack(out, dim=1)
+
+
+def test_a_batch_is_its_rows_one_by_one(any_policy: Policy) -> None:
+    """Left padding and batch mates change nothing: answers, bytes, tokens."""
+    run = engine()
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    together = run.generate(prompts, [any_policy], 10)[0]
+    assert together == [run.generate([p], [any_policy], 10)[0][0] for p in prompts]
+
+
+def test_a_panel_is_its_policies_alone(any_policy: Policy) -> None:
+    run = engine()
+    panel = [policy(name) for name in POLICIES]
+    prompts = [prompt(33, seed=1), prompt(21, seed=2)]
+    together = run.generate(prompts, panel, 10)
+    assert together[panel.index(any_policy)] == run.generate(prompts, [any_policy], 10)[0]
+
+
+def test_a_policy_after_another_is_the_policy_alone(any_policy: Policy) -> None:
+    """No state is left behind: neither on the policy, nor on the prefill, nor in the engine's memory (trap T21)."""
+    run, prompts = engine(), [prompt(33, seed=3)]
+    alone = engine().generate(prompts, [any_policy], 8)
+    for name in POLICIES:
+        run.generate([prompt(50, seed=4)], [policy(name)], 8)
+        assert run.generate(prompts, [any_policy], 8) == alone
+
+
+def test_both_readers_give_the_same_numbers_bit_for_bit(any_policy: Policy) -> None:
+    """The working copy holds what the packed store says, at every step of a long decode."""
+    ids = tokens(37)
+    assert torch.equal(logits_of(engine("working"), [any_policy], 90, ids), logits_of(engine("packed"), [any_policy], 90, ids))
+
+
+def stepped(any_policy: Policy, steps: int, lengths: tuple[int, ...] = (41, 23)) -> list[list[Usage]]:
+    """Usage of each row before the first step and after each."""
+    run = engine()
+    contexts = [tokens(length, seed=length) for length in lengths]
+    watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+    cache = run.compress(run.prefill(contexts, watched), [any_policy])
+    usages = [cache.usage()]
+    positions = torch.tensor([len(c) for c in contexts])
+    for step in range(steps):
+        run.step(cache, torch.tensor(tokens(len(contexts), seed=step)), positions, torch.ones(len(contexts), dtype=torch.bool))
+        positions = positions + 1
+        usages.append(cache.usage())
+    return usages
+
+
+def analytic_bytes(any_policy: Policy, seen: int, heads: int, layers: int, dim: int) -> int:
+    """Bytes from the definition of the policy alone, written anew: nothing of the store is used."""
+    budget, counts = 0.0, []
+    for share in any_policy.shares:
+        counts.append(int(exact(budget + share) * seen) - int(exact(budget) * seen))
+        budget += share
+    counts.append(seen - sum(counts))
+    total = 0
+    for i, (tier, count) in enumerate(zip(any_policy.tiers, counts, strict=True)):
+        if tier.evicted:
+            continue
+        per_token = sum(
+            2 * dim if bits == 16 else dim * bits // 8 + 4 * (dim // (tier.group or dim // 2)) for bits in (tier.k, tier.v)
+        )
+        if len(any_policy.tiers) > 1:
+            per_token += 4  # int32 position
+            if any_policy.importance is not None and i < len(any_policy.tiers) - 1:
+                per_token += 4  # fp32 score
+        total += count * per_token * heads * layers
+    quantized = any(0 < tier.k < 16 for tier in any_policy.tiers)
+    return total + (4 * dim * heads * layers if any_policy.balance and quantized else 0)
+
+
+def test_stored_bytes_are_the_analytic_bytes_at_every_step(any_policy: Policy) -> None:
+    geometry = engine().geometry
+    for step, rows in enumerate(stepped(any_policy, steps=12)):
+        for row, length in zip(rows, (41, 23), strict=True):
+            assert row.seen_tokens == length + step
+            wanted = analytic_bytes(any_policy, row.seen_tokens, geometry.kv_heads, geometry.layers, geometry.head_dim)
+            assert sum(row.nbytes.values()) == wanted
+            assert row.full_nbytes == row.seen_tokens * geometry.kv_heads * geometry.layers * geometry.head_dim * 4
+
+
+def test_the_declared_budget_holds_at_every_step(any_policy: Policy) -> None:
+    """Generated tokens are compressed too (trap T3), and kept == declared at each step (trap T23)."""
+    for rows in stepped(any_policy, steps=25):
+        for row in rows:
+            kept = row.seen_tokens if not any_policy.evicts else int(exact(any_policy.shares[0]) * row.seen_tokens)
+            assert row.kept_tokens == kept
+            high = int(exact(any_policy.shares[0]) * row.seen_tokens) if any_policy.shares else row.seen_tokens
+            exact_tokens = high if any_policy.tiers[0] == Tier(16) else 0
+            assert row.compressed_tokens == row.seen_tokens - exact_tokens
+
+
+def test_bytes_are_counted_from_the_tensors_that_are_stored(any_policy: Policy) -> None:
+    """For one row without spare slots, nbytes is the size of the tensors themselves (trap T8)."""
+    run = engine()
+    watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+    cache = run.compress(run.prefill([tokens(40)], watched), [any_policy])
+    store = cache.banks[0].stores[0]
+    held = [part for tier in store.tiers for part in tier.parts.values()]
+    held += [] if store.balancer is None else [store.balancer]
+    assert sum(cache.usage()[0].nbytes.values()) == sum(t.numel() * t.element_size() for t in held)
+    assert all(part.shape[2] == run.geometry.kv_heads for tier in store.tiers for part in tier.parts.values())  # T10
+
+
+def test_room_for_a_longer_answer_is_no_bytes(any_policy: Policy) -> None:
+    """Provisioned length is not occupied length (trap T9)."""
+    limited = engine().generate([prompt(30)], [any_policy], 4)[0][0]
+    roomy = Engine(model(), {limited.tokens[3]}, 257).generate([prompt(30)], [any_policy], 200)[0][0]
+    assert roomy.tokens == limited.tokens[:3]
+    assert roomy.usage == limited.usage
+
+
+def test_the_first_answer_token_feels_the_cache() -> None:
+    """Under an absurd policy even a one-token answer must differ from the full cache's (trap T2)."""
+    absurd = policy("h2o", {"keep": 0.03})
+    full, mine = logits_of(engine(), [policy("full"), absurd], steps=1)
+    assert (full - mine).abs().max() > 0.1
+    assert answers(engine(), [prompt(60, seed=s) for s in range(8)], [absurd], 1) != answers(
+        engine(), [prompt(60, seed=s) for s in range(8)], [policy("full")], 1
+    )
+
+
+def test_every_policy_but_full_moves_the_logits(any_policy: Policy) -> None:
+    full, mine = logits_of(engine(), [policy("full"), any_policy], steps=3)
+    assert torch.equal(full, mine) == any_policy.lossless
+
+
+def test_what_comes_later_does_not_change_what_was_decided(any_policy: Policy) -> None:
+    """Scores never look ahead (trap T18): two continuations that part at step 6 leave the same stores before it."""
+    run = engine()
+    watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+    states = []
+    for last in (1, 200):
+        cache = run.compress(run.prefill([tokens(30)], watched), [any_policy])
+        for step, token in enumerate([5, 6, 7, 8, 9, 10, last]):
+            if step == 6:
+                states.append([{n: p.clone() for n, p in tier.parts.items()} for tier in cache.banks[0].stores[0].tiers])
+            run.step(cache, torch.tensor([token]), torch.tensor([30 + step]), torch.ones(1, dtype=torch.bool))
+    for first, second in zip(*states, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stored_token_never_changes(any_policy: Policy) -> None:
+    """No drift (trap T13): while a token stays in its tier its codes are the same bits, over 120 steps."""
+    run = engine()
+    watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+    cache = run.compress(run.prefill([tokens(30)], watched), [any_policy])
+    last = cache.banks[0].stores[0].tiers[-1]
+
+    def content() -> dict[int, bytes]:
+        positions = last.positions()[0, 0, 0, : int(last.count[0])].tolist()
+        parts = [p[0, 0, 0] for n, p in last.parts.items() if n.startswith(("keys", "values"))]
+        return {
+            pos: b"".join(p[slot].contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
+            for slot, pos in enumerate(positions)
+        }
+
+    known: dict[int, bytes] = {}
+    for step in range(120):
+        for position, bytes_now in content().items():
+            assert known.setdefault(position, bytes_now) == bytes_now
+        run.step(cache, torch.tensor([step]), torch.tensor([30 + step]), torch.ones(1, dtype=torch.bool))
+    assert len(known) > 20
+
+
+def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Policy) -> None:
+    """Ragged questions of a batch give what each gives alone."""
+    run = engine()
+    prompts = [prompt(40, seed=1, question=9), prompt(25, seed=2, question=3), prompt(12, seed=3, question=12)]
+    together = run.generate(prompts, [any_policy], 6)[0]
+    assert together == [run.generate([p], [any_policy], 6)[0][0] for p in prompts]
+    assert together[2].compressed_tokens == 0  # nothing was there to be compressed
+
+
+def test_an_empty_context_decodes_from_nothing(any_policy: Policy) -> None:
+    """A prompt of one token: the cache is empty when it is compressed, and serves all the same."""
+    got = engine().generate([Prompt([], [7])], [any_policy], 30)[0][0]
+    assert len(got.tokens) == 30
+    assert got.compressed_tokens == 0
+    assert got.usage.seen_tokens == 30
+    if any_policy.lossless:
+        assert got.tokens == answers(Engine(model(), NO_END, 257), [Prompt([], [7])], [any_policy], 30)[0][0]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("architecture", "heads"), [("llama", (4, 4)), ("mistral", (6, 2)), ("qwen2", (8, 2)), ("qwen3", (8, 1))]
+)
+def test_architectures_and_group_sizes(name: str, architecture: str, heads: tuple[int, int]) -> None:
+    """Four architectures, GQA ratios 1, 3, 4 and 8: 16 bits = the stock cache, and the policy itself runs."""
+    shape: dict[str, Any] = {"query_heads": heads[0], "kv_heads": heads[1], "hidden_size": 16 * heads[0]}
+    run = engine(architecture=architecture, **shape)
+    mine = answers(run, [prompt(29)], [bits_everywhere(name, 16), policy(name)], steps=8)
+    assert mine[0][0] == stock_answer(architecture, torch.float32, tokens(29), 8, **shape)
+    assert len(mine[1][0]) == 8
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_head_dimensions_of_real_models(any_policy: Policy, head_dim: int) -> None:
+    run = engine(head_dim=head_dim)
+    assert torch.equal(
+        logits_of(run, [any_policy], 4), logits_of(Engine(model(head_dim=head_dim), NO_END, 257, "packed"), [any_policy], 4)
+    )
+
+
+def test_policies_are_frozen(any_policy: Policy) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        any_policy.keep = 0.5  # type: ignore[attr-defined]
