@@ -8,6 +8,7 @@ python run.py --help                                       groups, options, defa
 
 import os
 import sys
+import warnings
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 # before transformers is imported: its progress bars and advice drown ours
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -24,10 +26,10 @@ def main(config: DictConfig) -> None:
     from mikv.models.architecture import Unsupported
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
-    from mikv.runner import RunError, run
+    from mikv.runner import RunError, execute
 
     try:
-        run(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
+        execute(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
     except (ValueError, FileNotFoundError, ModelUnavailable, RecordError, RunError, Unsupported) as error:
         if os.environ.get("MIKV_DEBUG"):
             raise

@@ -33,6 +33,10 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     task = OmegaConf.to_container(config.task, resolve=True)
     assert isinstance(task, dict)
     limit = task.pop("limit")
+    record = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(record, dict)
+    if config.get("panel") is not None:
+        del record["policy"]  # the group's default, which a panel doesn't use
     return Run(
         model=_instantiate(config.model, "model"),
         panel=panel,
@@ -45,7 +49,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         name=config.name,
         out=Path(config.out),
         title=title,
-        config=OmegaConf.to_yaml(config, resolve=True),
+        config=OmegaConf.to_yaml(OmegaConf.create(record)),
     )
 
 

@@ -59,7 +59,7 @@ class Generation:
 
 @dataclass
 class Seconds:
-    """Time spent by phase. Prefill and decode are shared by all policies of a panel; compress is each policy's own."""
+    """Time spent by phase, for all policies of a panel together: they share one prefill and one decode."""
 
     prefill: float = 0.0
     compress: float = 0.0
@@ -195,6 +195,11 @@ class Engine:
         ).logits[:, -1]
         cache.end_step(active)
         return logits
+
+    def take_seconds(self) -> Seconds:
+        """Time spent since the last call."""
+        spent, self.seconds = self.seconds, Seconds()
+        return spent
 
     def _clock(self) -> float:
         if self.model.device.type == "cuda":

@@ -37,27 +37,33 @@ def curve(ax: Any, rows: Sequence[Row]) -> Any:
             ],
             fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, capsize=2, markersize=7, label=name, alpha=0.9,
         )  # fmt: skip
-    _annotate(ax, rows)
     ax.set_xlabel("cache size, % of the 16-bit cache (bytes counted from stored tensors)")
     ax.set_ylabel(f"{rows[0]['metric']} (bars: 95 % interval)")
     ax.set_xlim(0, 108)
-    ax.set_ylim(-0.04, 1.08)
+    ax.set_ylim(-0.04, 1.12)
     ax.grid(True, linewidth=0.3)
     ax.legend(loc="lower right", frameon=True, fontsize=8)
+    _annotate(ax, rows)  # last: it needs the final limits
     return ax
 
 
 def _annotate(ax: Any, rows: Sequence[Row]) -> None:
-    """Labels beside the points; those whose points lie close together are spread downwards."""
-    placed: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: (row["size_percent"], -row["value"])):
-        x, y = row["size_percent"], row["value"]
-        at = y + 0.025
-        while any(abs(x - other) < 16 and abs(at - level) < 0.03 for other, level in placed):
-            at -= 0.031
-        placed.append((x, at))
+    """A label beside each point, moved where it would lie on another label or point."""
+    from adjustText import adjust_text
+
+    texts = []
+    for row in rows:
         short = row["label"].replace(row["policy"], "").strip() or row["policy"]
-        ax.annotate(short, (x, y), xytext=(x + 1.2, at), fontsize=6.5, color=_STYLE.get(row["policy"], _OTHER)[0])
+        colour = _STYLE.get(row["policy"], _OTHER)[0]
+        texts.append(ax.text(row["size_percent"] + 1, row["value"] + 0.02, short, fontsize=7, color=colour))
+    adjust_text(
+        texts,
+        x=[row["size_percent"] for row in rows],
+        y=[row["value"] for row in rows],
+        ax=ax,
+        arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5},
+        expand=(1.15, 1.5),
+    )
 
 
 def save_curve(file: Path, rows: Sequence[Row]) -> Path:

@@ -12,7 +12,6 @@ A finished key is never computed again; a killed run goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -31,11 +30,6 @@ _PACKAGES = ("torch", "transformers", "peft", "numpy", "mikv")
 
 class RecordError(RuntimeError):
     """Records can't be read or written; the message says which line, and what to do."""
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that name an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RunFolder:

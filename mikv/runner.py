@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from mikv.engine import Engine, Generation, Prompt, Seconds
+from mikv.engine import Engine, Generation, Prompt
+from mikv.fingerprint import content_fingerprint, fingerprint
 from mikv.metrics.summary import summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load
 from mikv.plots import save_curve
 from mikv.policy import Policy, check_choice
-from mikv.records import Row, RunFolder, fingerprint
+from mikv.records import Row, RunFolder
 from mikv.table import print_table
 from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import QUESTION, encode
@@ -77,7 +78,7 @@ class Run:
         dtype = str(self.model.resolve_dtype()).removeprefix("torch.")
         return {
             "model": {"name": self.model.name, "weights": self.model.describe(), "dtype": dtype},
-            "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task)},  # type: ignore[call-overload]
+            "task": task_identity(self.task),
             "protocol": {"question": self.question},
             "seed": self.seed,
         }
@@ -91,6 +92,15 @@ class Run:
             return self.out / self.name
         asked = {**self.identity(), "limit": self.limit, "panel": [policy_identity(p) for p in self.panel]}
         return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """Name, version and parameters. A file is what it holds, not where it lies."""
+    parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
+    for name, value in parameters.items():
+        if isinstance(value, str) and Path(value).is_file():
+            parameters[name] = content_fingerprint(Path(value))
+    return {"name": task.name, "version": task.version, **parameters}
 
 
 def policy_identity(policy: Policy) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
     }
 
 
-def run(run: Run) -> list[Row]:
+def execute(run: Run) -> list[Row]:
     """Do what is not done yet, then summarize. Returns the summary rows.
 
     Raises:
@@ -119,14 +129,13 @@ def run(run: Run) -> list[Row]:
     with RunFolder(run.folder(), run.identity(), run.config) as records:
         done = records.samples()
         todo = [(sample, missing) for sample in samples if (missing := _missing(run, sample, done))]
-        seconds = Seconds()
-        if todo:
-            if len(todo) < len(samples):
-                print(f"{records.path}: going on, {len(samples) - len(todo)} of {len(samples)} samples are done")
-            seconds = _answer(run, todo, records, done)
-        else:
+        if not todo:
             print(f"{records.path}: all {len(samples)} samples are done already")
-        summary = _summarize(run, samples, done, seconds)
+        elif len(todo) < len(samples):
+            print(f"{records.path}: going on, {len(samples) - len(todo)} of {len(samples)} samples are done")
+        if todo:
+            _answer(run, todo, records, done)
+        summary = _summarize(run, samples, done)
         file = records.write_summary(summary)
     print_table(summary, run.task.flags)
     plot = save_curve(file.with_name("curve.png"), summary)
@@ -139,7 +148,7 @@ def _missing(run: Run, sample: Sample, done: dict[str, Row]) -> list[Policy]:
     return [policy for policy in run.panel if run.key(policy, sample.doc_id) not in done]
 
 
-def _answer(run: Run, todo: Sequence[tuple[Sample, list[Policy]]], records: RunFolder, done: dict[str, Row]) -> Seconds:
+def _answer(run: Run, todo: Sequence[tuple[Sample, list[Policy]]], records: RunFolder, done: dict[str, Row]) -> None:
     """Compute what is missing, batch by batch; `done` grows as the records do."""
     from tqdm import tqdm
 
@@ -152,8 +161,9 @@ def _answer(run: Run, todo: Sequence[tuple[Sample, list[Policy]]], records: RunF
             # policies that some sample of the batch lacks: after an interruption usually all of them
             panel = [p for p in run.panel if any(p in missing for _, missing in batch)]
             for answered, answers in _generate(engine, batch, prompts, panel, run.task.max_new_tokens):
+                shared = {phase: spent / len(answered) for phase, spent in dataclasses.asdict(engine.take_seconds()).items()}
                 rows = [
-                    _row(run, policy, sample, loaded, prompts[sample.doc_id], answer)
+                    _row(run, policy, sample, loaded, prompts[sample.doc_id], answer) | {"seconds": shared}
                     for policy, per_sample in zip(panel, answers, strict=True)
                     for (sample, missing), answer in zip(answered, per_sample, strict=True)
                     if policy in missing
@@ -161,7 +171,6 @@ def _answer(run: Run, todo: Sequence[tuple[Sample, list[Policy]]], records: RunF
                 records.append(rows)
                 done.update((row["key"], row) for row in rows)
                 progress.update(len(answered))
-    return engine.seconds
 
 
 Batch = Sequence[tuple[Sample, list[Policy]]]
@@ -242,7 +251,7 @@ def _row(run: Run, policy: Policy, sample: Sample, loaded: Loaded, prompt: Promp
     }
 
 
-def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row], seconds: Seconds) -> list[Row]:
+def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row]) -> list[Row]:
     rows = {policy: [done[run.key(policy, sample.doc_id)] for sample in samples] for policy in run.panel}
     full = next((rows[policy] for policy in run.panel if policy.name == "full"), None)
     twins = None if full is None else {row["doc_id"]: row for row in full}
@@ -258,7 +267,6 @@ def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row], second
                 "metric": run.task.metric,
                 **summarize(rows[policy], twins, run.task.flags),
                 "size_percent_paper": policy.paper_size(rows[policy][0]["head_dim"]),
-                "seconds": dataclasses.asdict(seconds),
             }
         )
     return summary

@@ -19,9 +19,9 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
         caption="size: stored bytes of the 16-bit cache's, counted from tensors; paper: by the paper's formula; "
         "± standard error; lost / gained: answers that full had right / wrong",
     )
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for column in (first["metric"], "size %", "paper %", "vs full", "lost", "gained", *flags):
-        table.add_column(column.replace("_", " "), justify="right")
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=column == first["metric"])
     for row in rows:
         twin = row["policy"] == "full"
         table.add_row(
@@ -35,8 +35,8 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
             *(f"{row['rates'][flag]:.2f}" for flag in flags),
         )
     console = Console()
-    if console.width < 110:  # a log file or a narrow terminal: rather a long line than cut names
-        console = Console(width=110)
+    if not console.is_terminal:  # a log file has no width: rather a long line than cut names
+        console = Console(width=130)
     console.print(table)
 
 

@@ -48,6 +48,8 @@ def summarize(samples: Sequence[Row], full: Mapping[int, Row] | None, flags: Seq
         "kept_percent": 100 * sum(r["kept_tokens"] for r in samples) / sum(r["seen_tokens"] for r in samples),
         "exercised": sum(row["compressed_tokens"] > 0 for row in samples),
         "ended": sum(row["ended"] for row in samples),
+        # shared by all policies of the panel: the price of the whole curve, not of this point
+        "seconds": {phase: sum(row["seconds"][phase] for row in samples) for phase in samples[0]["seconds"]},
         "rates": {flag: fmean(float(row[flag]) for row in samples) for flag in flags},
     }
     if full is not None:

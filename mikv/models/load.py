@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mikv.attention.install import NAME, install
+from mikv.fingerprint import content_fingerprint
 from mikv.models.architecture import geometry
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
 
@@ -88,18 +89,29 @@ class ModelSpec:
     def describe(self) -> str:
         """The weights that `load` takes, as one string for records."""
         if self.path is not None:
-            base = f"path:{Path(self.path).expanduser().resolve().name}"
+            path = Path(self.path).expanduser().resolve()
+            base = f"path:{path.name}#{content_fingerprint(path)}"
         elif self._use_package():
             version = importlib.metadata.version(str(self.gguf_package))
             base = f"package:{self.gguf_package}=={version}"
         else:
             base = f"hub:{self.hub}@{self.revision or 'main'}"
-        return base if self.adapter is None else f"{base}+adapter:{self.adapter}"
+        if self.adapter is None:
+            return base
+        return f"{base}+adapter:{Path(self.adapter).name}#{content_fingerprint(adapter_folder(self.adapter))}"
 
     def _use_package(self) -> bool:
         if self.gguf_package is None or self.source == "hub":
             return False
         return self.source == "package" or importlib.util.find_spec(self.gguf_package) is not None
+
+
+def adapter_folder(name: str) -> Path:
+    """Folder of an adapter: one of the embedded ones by name, else a path."""
+    folder = ADAPTERS / name if (ADAPTERS / name).is_dir() else Path(name).expanduser()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelUnavailable(f"model.adapter={name}: {folder} holds no adapter_model.safetensors (peft's format)")
+    return folder
 
 
 def cache_dir() -> Path:
@@ -195,8 +207,10 @@ def load(spec: ModelSpec) -> Loaded:
 
 def _pretrained(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     install()
+    logging.disable_progress_bar()  # a line per weight shard would tear the run's own progress bar
     place, revision = _locate(spec)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if revision is not None:
@@ -247,10 +261,7 @@ def _with_adapter(model: Any, name: str) -> Any:
     """Merge a LoRA adapter into the weights: the merged model runs at the base's speed, with the base's code."""
     from peft import PeftModel
 
-    folder = ADAPTERS / name if (ADAPTERS / name).is_dir() else Path(name).expanduser()
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelUnavailable(f"model.adapter={name}: {folder} holds no adapter_model.safetensors (peft's format)")
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return PeftModel.from_pretrained(model, str(adapter_folder(name))).merge_and_unload()
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,0 +1,25 @@
+"""Names for identities and contents: hashes that are the same on every machine. Imports nothing of the project."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that name an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_fingerprint(path: Path) -> str:
+    """16 hexadecimal digits that name the content of a file, or of a folder: its small files' content, its large ones' size."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path.parent if path.is_file() else path)}:{file.stat().st_size};".encode())
+            if file.stat().st_size <= 2**24:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
