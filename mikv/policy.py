@@ -101,10 +101,11 @@ class Policy:
         """
         recent = exact(self.recent)
         recents = first_quota * recent.numerator // recent.denominator
-        value = positions if scores is None else scores
-        value = value.to(torch.float64).clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
-        value = torch.where(positions >= seen - recents, _RECENT + positions, value)
-        value = torch.where(positions < self.sinks, _SINK - positions, value)
+        place = positions.to(torch.float64)  # 2e12 + 1 is no float32
+        value = place if scores is None else scores.to(torch.float64)
+        value = value.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
+        value = torch.where(positions >= seen - recents, _RECENT + place, value)
+        value = torch.where(positions < self.sinks, _SINK - place, value)
         return torch.where(positions < 0, -torch.inf, value)
 
     def assign(self, scores: Tensor | None, positions: Tensor, seen: Tensor, budget_lengths: Tensor) -> Tensor:

@@ -1,0 +1,270 @@
+"""The packed store in the small: demotion, three tiers, the balancer, positions; a slow list-based cache as reference."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import engine, tokens
+
+from baselines.h2o import h2o
+from baselines.streaming_llm import streaming_llm
+from mikv.cache.compressed import CompressedCache
+from mikv.cache.policy_store import PolicyStore
+from mikv.config import policy
+from mikv.importance.scores import Accumulated
+from mikv.mikv import mikv
+from mikv.policy import Policy
+from mikv.types import Tier
+
+LADDER = Policy("ladder", "ladder", (Tier(16), Tier(8), Tier(2)), (0.2, 0.3), Accumulated(), recent=0.5, balance=True)
+LADDER_EVICTING = Policy("ladder0", "ladder0", (Tier(16), Tier(4), Tier(0)), (0.2, 0.3), Accumulated(), recent=0.5)
+UNEVEN = Policy("uneven", "uneven", (Tier(16), Tier(2, key_bits=4)), (0.25,), Accumulated(), recent=0.5)
+
+
+def start(chosen: Policy, contexts: list[list[int]], reader: str = "working") -> tuple[CompressedCache, PolicyStore]:
+    run = engine(reader)
+    observer = None if chosen.importance is None else chosen.importance.observer
+    cache = run.compress(run.prefill(contexts, [] if observer is None else [observer]), [chosen])
+    return cache, cache.banks[0].stores[0]
+
+
+def members(store: PolicyStore, layer: int, row: int, head: int) -> list[set[int]]:
+    """Positions in each tier."""
+    return [set(t.positions()[layer, row, head, : int(t.count[row])].tolist()) for t in store.tiers]
+
+
+class ListCache:
+    """The method with Python lists, one head: written from the paper's description, not from the store."""
+
+    def __init__(self, chosen: Policy, scores: list[float]) -> None:
+        self.policy, self.scores, self.seen = chosen, dict(enumerate(scores)), len(scores)
+        ranked = sorted(range(self.seen), key=self.rank, reverse=True)
+        cuts = [0, *self.quotas(), self.seen]
+        self.tiers = [set(ranked[a:b]) for a, b in pairwise(cuts)]
+
+    def quotas(self) -> list[int]:
+        return [int(q) for q in self.policy.quotas(torch.tensor(self.seen))]
+
+    def rank(self, position: int) -> tuple[int, float, int]:
+        recents = int(self.policy.recent * self.quotas()[0])
+        recent = position >= self.seen - recents
+        return (int(recent), position if recent else self.scores[position], position)
+
+    def step(self, mass: dict[int, float]) -> None:
+        new = self.seen
+        self.scores[new] = 0.0
+        for position, received in mass.items():
+            self.scores[position] += received
+        self.seen += 1
+        self.tiers[0].add(new)
+        for i, quota in enumerate(self.quotas()):
+            if sum(len(tier) for tier in self.tiers[: i + 1]) > quota:
+                victim = min(self.tiers[i], key=self.rank)
+                self.tiers[i].remove(victim)
+                self.tiers[i + 1].add(victim)
+
+
+@pytest.mark.parametrize("chosen", [mikv(), mikv(recent=0.0), mikv(recent=1.0), h2o(keep=0.5), LADDER, LADDER_EVICTING])
+def test_demotion_is_that_of_a_cache_made_of_lists(chosen: Policy) -> None:
+    """Attend -> add scores -> demote, step by step, for every head, in a padded batch."""
+    run = engine()
+    contexts = [tokens(31), tokens(18, seed=1)]
+    observer = Accumulated().observer
+    state = run.prefill(contexts, {observer})
+    cache = run.compress(state, [chosen])
+    bank = cache.banks[0]
+    observed = state.banks[0].observed[observer]
+    places = [(layer, row, head) for layer in range(2) for row in range(2) for head in range(2)]
+    reference = {
+        (layer, row, head): ListCache(chosen, observed[layer, row, head, 31 - len(contexts[row]) :].tolist())
+        for layer, row, head in places
+    }
+    seen_mass: list[torch.Tensor] = []
+    step_of_store = bank.stores[0].step
+
+    def spy(keys: torch.Tensor, values: torch.Tensor, mass: torch.Tensor, *rest: torch.Tensor) -> object:
+        seen_mass.append(mass.clone())
+        return step_of_store(keys, values, mass, *rest)
+
+    bank.stores[0].step = spy  # type: ignore[method-assign,assignment]
+    positions = torch.tensor([31, 18])
+    for step in range(40):
+        run.step(cache, torch.tensor(tokens(2, seed=step)), positions, torch.ones(2, dtype=torch.bool))
+        positions = positions + 1
+        for (layer, row, head), lists in reference.items():
+            padding = 31 - len(contexts[row])
+            mass = seen_mass[-1][layer, row, head].tolist()
+            lists.step({column - padding: value for column, value in enumerate(mass) if column >= padding})
+            stored = members(bank.stores[0], layer, row, head)
+            assert stored == lists.tiers[: len(stored)], (step, layer, row, head)
+
+
+@pytest.mark.parametrize("chosen", [LADDER, LADDER_EVICTING, UNEVEN, policy("mikv"), policy("h2o")])
+def test_a_token_only_goes_down(chosen: Policy) -> None:
+    cache, store = start(chosen, [tokens(30)])
+    run = engine()
+    best: dict[int, int] = {}
+    for step in range(60):
+        for tier, inside in enumerate(members(store, 0, 0, 0)):
+            for position in inside:
+                assert tier >= best.get(position, tier)
+                best[position] = tier
+        run.step(cache, torch.tensor([step]), torch.tensor([30 + step]), torch.ones(1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_token_is_quantized_once_from_its_exact_value(bits: int) -> None:
+    """With a 16-bit tier above: what ends up in the low tier equals quantizing the 16-bit value, whenever it was demoted."""
+    from mikv.quant.affine import dequantize, quantize
+
+    cache, store = start(mikv(low=Tier(bits), balance=False, keep=0.5), [tokens(20)])
+    run = engine()
+    exact: dict[int, torch.Tensor] = {}
+    for step in range(40):
+        top = store.tiers[0]
+        for slot, position in enumerate(top.positions()[1, 0, 1, : int(top.count[0])].tolist()):
+            exact[position] = top.parts["keys.raw"][1, 0, 1, slot].clone()
+        run.step(cache, torch.tensor([step]), torch.tensor([20 + step]), torch.ones(1, dtype=torch.bool))
+    low = store.tiers[1]
+    keys, _ = low.read()
+    demoted = 0
+    for slot, position in enumerate(low.positions()[1, 0, 1, : int(low.count[0])].tolist()):
+        if position in exact:  # was in the high tier first
+            assert torch.equal(keys[1, 0, 1, slot], dequantize(quantize(exact[position], bits, 8)))
+            demoted += 1
+    assert demoted >= 10
+
+
+def test_from_8_to_2_bits_the_error_is_bounded_by_both_steps() -> None:
+    """The one double rounding there is: half a step of each tier, and the FP16 rounding of the grid."""
+    from mikv.quant.affine import dequantize, quantize
+
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    high = quantize(x, 8, 32)
+    low = quantize(dequantize(high), 2, 32)
+    bound = (high.scale.float() + low.scale.float()).repeat_interleave(32, dim=1) / 2 * 1.01 + 4e-3
+    assert ((dequantize(low) - x).abs() <= bound).all()
+
+
+def test_balanced_keys_read_back_unbalanced() -> None:
+    """8 bits with the balancer is close to the exact key: what is stored is Q(k b), what is read is Q(k b) / b."""
+    run = engine()
+    state = run.prefill([tokens(40)])
+    store = run.compress(state, [policy("uniform", {"tier.bits": 8, "balance": True})]).banks[0].stores[0]
+    keys, values = store.tiers[0].read()
+    assert store.balancer is not None
+    assert not torch.allclose(store.balancer, torch.ones_like(store.balancer))
+    for got, exact in ((keys, state.banks[0].keys), (values, state.banks[0].values)):
+        assert (got - exact).norm() / exact.norm() < 0.01
+
+
+def test_full_and_evicting_policies_store_no_balancer() -> None:
+    _, store = start(Policy("p", "p", (Tier(16), Tier(0)), (0.5,), Accumulated(), balance=True), [tokens(20)])
+    assert store.balancer is None
+
+
+def test_contiguous_positions_are_those_of_a_recomputed_rope() -> None:
+    """StreamingLLM: re-indexed keys equal keys that were rotated by their place in the cache (trap T20)."""
+    run = engine()
+    ids = tokens(50)
+    chosen = streaming_llm(keep=0.3, sinks=4, positions="contiguous")
+    cache, store = start(chosen, [ids])
+    bank = cache.banks[0]
+    run.step(cache, torch.tensor([3]), torch.tensor([50]), torch.ones(1, dtype=torch.bool))
+    kept = sorted(members(store, 0, 0, 0)[0])
+    assert bank.working is not None
+    assert bank._reindex is not None
+    keys, _, present = bank.working.view(0, 51)
+    mine = bank._reindex(keys, present, bank.padding)[0, 0][kept]
+
+    decoder = run.model.get_decoder()
+    with torch.inference_mode():
+        hidden = decoder.layers[0].input_layernorm(decoder.embed_tokens(torch.tensor([[*ids, 3]])))
+        bare = decoder.layers[0].self_attn.k_proj(hidden)[0].unflatten(-1, (2, 16))[kept, 0]
+        # the query stands at 50; inside the cache it has index len(kept) - 1: what counts is the distance
+        places = torch.arange(len(kept))[None] + 50 - (len(kept) - 1)
+        cos, sin = decoder.rotary_emb(bare, places)
+    left, right = bare.chunk(2, dim=-1)
+    wanted = bare * cos[0] + torch.cat((-right, left), dim=-1) * sin[0]
+    assert torch.allclose(mine, wanted, atol=4e-3)  # stored in FP16
+    assert kept[:4] == [0, 1, 2, 3]
+
+
+def test_original_and_contiguous_differ_only_after_eviction() -> None:
+    run = engine()
+    ids = tokens(30)
+    for keep, same in ((1.0, True), (0.4, False)):
+        panel = [streaming_llm(keep=keep, positions=p) for p in ("original", "contiguous")]
+        cache = run.compress(run.prefill([ids]), panel)
+        logits = run.step(cache, torch.tensor([1, 1]), torch.tensor([30, 30]), torch.ones(2, dtype=torch.bool))
+        assert torch.allclose(logits[0], logits[1], atol=1e-5) == same
+
+
+def test_dropped_rows_leave_the_others_as_they_were() -> None:
+    """`keep` removes rows from the middle of a panel; the rest decodes on, bit for bit."""
+    run = engine()
+    panel = [policy("full"), policy("mikv"), policy("streaming_llm"), policy("h2o")]
+    contexts = [tokens(25), tokens(31, seed=1), tokens(12, seed=2)]
+    state = run.prefill(contexts, {Accumulated().observer})
+    whole, cut = run.compress(state, panel), run.compress(state, panel)
+    rows = torch.tensor([True, False, True, False, False, False, True, True, False, False, True, True])
+    positions = torch.tensor([len(c) for c in contexts] * len(panel))
+    everyone = torch.ones(12, dtype=torch.bool)
+    fed = torch.arange(12)
+    run.step(whole, fed, positions, everyone)
+    run.step(cut, fed, positions, everyone)
+    cut.keep(rows)
+    for step in range(6):
+        positions = positions + 1
+        reference = run.step(whole, fed + step, positions, everyone)[rows]
+        got = run.step(cut, (fed + step)[rows], positions[rows], everyone[rows])
+        assert torch.allclose(reference, got, atol=1e-5)
+    assert [u for u, there in zip(whole.usage(), rows.tolist(), strict=True) if there] == cut.usage()
+
+
+def test_rows_that_have_ended_stay_as_they_are() -> None:
+    run = engine()
+    cache = run.compress(run.prefill([tokens(25), tokens(25, seed=1)], {Accumulated().observer}), [policy("mikv")])
+    before = cache.usage()
+    for step in range(5):
+        run.step(cache, torch.tensor([1, 2]), torch.tensor([25, 25 + step]), torch.tensor([False, True]))
+    after = cache.usage()
+    assert after[0] == before[0]
+    assert after[1].seen_tokens == 30
+
+
+def test_a_prefill_serves_many_caches_and_is_not_changed() -> None:
+    run = engine()
+    state = run.prefill([tokens(30)], {Accumulated().observer})
+    copies = [t.clone() for t in (state.banks[0].keys, state.banks[0].values, *state.banks[0].observed.values())]
+    for name in ("mikv", "h2o", "uniform"):
+        cache = run.compress(state, [policy(name)])
+        run.step(cache, torch.tensor([1]), torch.tensor([30]), torch.ones(1, dtype=torch.bool))
+    now = (state.banks[0].keys, state.banks[0].values, *state.banks[0].observed.values())
+    assert all(torch.equal(a, b) for a, b in zip(copies, now, strict=True))
+
+
+@pytest.mark.parametrize(("budget", "grows"), [("ratio", True), ("fixed", False)])
+def test_both_budget_readings(budget: str, grows: bool) -> None:
+    """ratio: floor(r * seen) at each step; fixed: floor(r * prompt) for good (trap T12)."""
+    cache, store = start(mikv(keep=0.25, budget=budget), [tokens(40)])
+    run = engine()
+    for step in range(20):
+        run.step(cache, torch.tensor([1]), torch.tensor([40 + step]), torch.ones(1, dtype=torch.bool))
+        assert int(store.tiers[0].count[0]) == ((41 + step) // 4 if grows else 10)
+
+
+@pytest.mark.parametrize("reader", ["working", "packed"])
+@pytest.mark.parametrize("chosen", [LADDER, LADDER_EVICTING, UNEVEN])
+def test_ladders_decode(chosen: Policy, reader: str) -> None:
+    """Any number of tiers, keys and values apart; both readers agree bit for bit."""
+    outputs = []
+    for kind in ("working", reader):
+        cache, _ = start(chosen, [tokens(30)], kind)
+        run = engine(kind)
+        steps = [run.step(cache, torch.tensor([s]), torch.tensor([30 + s]), torch.ones(1, dtype=torch.bool)) for s in range(20)]
+        outputs.append(torch.cat(steps))
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)

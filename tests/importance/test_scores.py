@@ -1,0 +1,69 @@
+"""Scores: fp32, deterministic, blind to the future and to batch mates."""
+
+from __future__ import annotations
+
+import torch
+from conftest import engine, tokens
+
+from mikv.importance.scores import Accumulated, Noise
+
+
+def test_ten_thousand_small_increments_still_count() -> None:
+    """fp16 sums swallow them (trap T24)."""
+    scores, mass = torch.full((1, 1, 1, 1), 4000.0), torch.full((1, 1, 1, 1), 0.1)
+    for _ in range(10_000):
+        scores = Accumulated().decode(scores, mass)
+    assert scores.dtype == torch.float32
+    assert abs(scores.item() - 5000) < 1
+
+
+def test_padding_never_counts() -> None:
+    """Column sums of a left-padded row are those of the row alone, and padding has none (trap T22)."""
+    observer = Accumulated().observer
+    run = engine()
+    together = run.prefill([tokens(40), tokens(25, seed=1)], {observer}).banks[0]
+    alone = run.prefill([tokens(25, seed=1)], {observer}).banks[0]
+    assert torch.allclose(together.observed[observer][:, 1:, :, 15:], alone.observed[observer], atol=1e-4)
+    assert (together.observed[observer][:, 1, :, :15] == 0).all()
+    assert torch.allclose(together.query_absmax[:, 1:], alone.query_absmax, atol=1e-5)
+    assert torch.allclose(together.key_absmax[:, 1:], alone.key_absmax, atol=1e-5)
+
+
+def test_column_sums_add_up_to_the_number_of_queries() -> None:
+    observer = Accumulated().observer
+    run = engine()
+    sums = run.prefill([tokens(33)], {observer}).banks[0].observed[observer]
+    group = run.geometry.query_heads // run.geometry.kv_heads
+    assert torch.allclose(sums.sum(dim=-1), torch.full(sums.shape[:3], 33.0 * group), rtol=1e-4)
+
+
+def noise(rows: list[int], positions: torch.Tensor, seed: int = 0, layers: int = 3, heads: int = 2) -> torch.Tensor:
+    return Noise(seed).prefill(None, torch.arange(layers), torch.tensor(rows), positions, heads)
+
+
+def test_noise_is_uniform_and_differs_by_everything_it_belongs_to() -> None:
+    scores = noise([11, 12], torch.arange(5000).expand(2, -1))
+    assert scores.shape == (3, 2, 2, 5000)
+    assert 0 <= scores.min() < 0.001
+    assert 0.999 < scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.01
+    flat = scores.flatten(0, 2)
+    correlation = torch.corrcoef(flat) - torch.eye(len(flat))
+    assert correlation.abs().max() < 0.06  # 12 independent rows of 5000
+    assert not torch.equal(scores, noise([11, 12], torch.arange(5000).expand(2, -1), seed=1))
+
+
+def test_noise_is_the_same_alone_in_a_batch_and_on_entry() -> None:
+    alone = noise([7], torch.arange(10)[None])
+    batch = noise([3, 7], torch.stack((torch.arange(14), torch.arange(-4, 10))))
+    assert torch.equal(alone[:, 0], batch[:, 1, :, 4:])
+    entry = Noise().entry(torch.arange(3), torch.tensor([7]), torch.tensor([9]), heads=2)
+    assert torch.equal(entry, alone[..., 9])
+
+
+def test_random_importance_differs_between_prompts() -> None:
+    """Otherwise the floor line would be one draw, not many."""
+    run = engine()
+    rows = run.prefill([tokens(20), tokens(20, seed=1)]).rows
+    assert rows[0] != rows[1]
+    assert run.prefill([tokens(20, seed=1)]).rows[0] == rows[1]
