@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mikv.cache.compressed import READERS as READERS  # what `Engine.reader` may be
 from mikv.cache.compressed import CompressedCache, Usage, Workspace
 from mikv.cache.prefill import PrefillCache, PrefillState
 from mikv.importance.base import Observer

@@ -148,7 +148,10 @@ def paper_bits(tier: Tier, head_dim: int) -> float:
 
 def exact(share: float) -> Fraction:
     """The decimal number that was written, not its binary neighbour."""
-    return Fraction(str(share))
+    try:
+        return Fraction(str(share))
+    except ValueError as error:
+        raise ValueError(f"{share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)") from error
 
 
 def check_ratio(name: str, share: float) -> None:

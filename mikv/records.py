@@ -54,8 +54,12 @@ class RunFolder:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise RecordError(f"{self.path} can't be written ({error.strerror}); choose another place with out=") from error
-        _lock(self._lock, self.path)
-        self._check_identity()
+        try:
+            _lock(self._lock, self.path)
+            self._check_identity()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -66,7 +70,12 @@ class RunFolder:
     def _check_identity(self) -> None:
         file = self.path / "run.json"
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))["identity"]
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))["identity"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecordError(
+                    f"{file} is damaged ({error}); choose another name (name=...), or remove that file"
+                ) from error
             differing = sorted(_differences(before, json.loads(json.dumps(self._identity))))
             if differing:
                 raise RecordError(
@@ -115,7 +124,7 @@ def read_rows(file: Path, repair: bool = False) -> Iterator[Row]:
         row = None
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-        if not isinstance(row, dict) or not line.endswith(b"\n"):
+        if not isinstance(row, dict) or "key" not in row or not line.endswith(b"\n"):
             if last and repair:
                 print(f"{file}: the last line was cut off by an interruption; it is computed again")
                 os.truncate(file, end)

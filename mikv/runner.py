@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mikv.engine import Engine, Generation, Prompt
+from mikv.engine import READERS, Engine, Generation, Prompt
 from mikv.fingerprint import content_fingerprint, fingerprint
 from mikv.metrics.summary import summarize
 from mikv.models.architecture import geometry
@@ -65,6 +65,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_choice("protocol.question", self.question, QUESTION)
+        check_choice("reader", self.reader, READERS)
         for name, value in (("task.limit", self.limit), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value}: at least 1")

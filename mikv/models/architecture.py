@@ -40,7 +40,8 @@ def geometry(config: Any) -> Geometry:
         raise Unsupported(
             f"{name} has layers that do not attend to the whole context ({kinds}): they evict by themselves, so a "
             "policy's share of tokens would mean something else in each layer. If all of your prompts are shorter than "
-            "the window, load it with the window switched off (model.path= a folder with sliding_window=null)."
+            "the window, load it with the window switched off (model.path= a folder whose config.json has "
+            "sliding_window, layer_types = null and use_sliding_window = false)."
         )
     if name not in SUPPORTED:
         raise Unsupported(f"architecture {name!r} is not among the tested ones ({', '.join(SUPPORTED)})")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mikv.attention.install import NAME, install
 from mikv.fingerprint import content_fingerprint
-from mikv.models.architecture import geometry
+from mikv.models.architecture import Unsupported, geometry
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -66,6 +67,12 @@ class ModelSpec:
             raise ValueError(f"model.dtype={self.dtype}: choose auto, float32, bfloat16 or float16")
         if self.source not in ("auto", "hub", "package"):
             raise ValueError(f"model.source={self.source}: choose auto, hub or package")
+        if self.source == "package" and self.gguf_package is None:
+            raise ValueError(f"model.source=package: {self.name} names no package; set model.gguf_package")
+        try:
+            self.resolve_device()
+        except RuntimeError as error:
+            raise ValueError(f"model.device={self.device}: choose auto, cpu, cuda or cuda:N ({error})") from error
         if self.path is not None and not Path(self.path).expanduser().exists():
             raise ModelUnavailable(
                 f"model.path={self.path} does not exist. Wanted: a folder with config.json, *.safetensors and a "
@@ -92,6 +99,8 @@ class ModelSpec:
             path = Path(self.path).expanduser().resolve()
             base = f"path:{path.name}#{content_fingerprint(path)}"
         elif self._use_package():
+            if importlib.util.find_spec(str(self.gguf_package)) is None:
+                package_gguf(str(self.gguf_package))  # says how to get it
             version = importlib.metadata.version(str(self.gguf_package))
             base = f"package:{self.gguf_package}=={version}"
         else:
@@ -211,18 +220,20 @@ def _pretrained(spec: ModelSpec) -> tuple[Any, Any]:
 
     install()
     logging.disable_progress_bar()  # a line per weight shard would tear the run's own progress bar
-    place, revision = _locate(spec)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
     try:
+        place, revision = _locate(spec)
+        if revision is not None:
+            options["revision"] = revision
         config = AutoConfig.from_pretrained(place, **options)
         geometry(config)  # refuse before gigabytes are read
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=spec.resolve_dtype(config), attn_implementation=NAME, **options
         )
-    except OSError as error:
+    except (Unsupported, ModelUnavailable):
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelUnavailable(_how_to_get(spec, error)) from error
     if spec.adapter is not None:
         model = _with_adapter(model, spec.adapter)
@@ -241,8 +252,8 @@ def _locate(spec: ModelSpec) -> tuple[str, str | None]:
     return spec.hub, spec.revision
 
 
-def _how_to_get(spec: ModelSpec, error: OSError) -> str:
-    reason = str(error).strip().splitlines()[0]
+def _how_to_get(spec: ModelSpec, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [repr(error)])[0]
     if spec.path is not None:
         return f"model.path={spec.path} could not be loaded: {reason}"
     ways = [

@@ -46,4 +46,5 @@ def dequantize(q: Quantized) -> Tensor:
     """float32 [..., D] of `quantize`'s output."""
     groups = q.scale.shape[-1]
     codes = q.codes.to(torch.float32).unflatten(-1, (groups, -1))
-    return (codes * q.scale.unsqueeze(-1).float() + q.zero.unsqueeze(-1).float()).flatten(-2)
+    x = codes * q.scale.unsqueeze(-1).float() + q.zero.unsqueeze(-1).float()
+    return x.clamp_(-FP16_MAX, FP16_MAX).flatten(-2)  # a scale that was rounded up may lead a little beyond

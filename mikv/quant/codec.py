@@ -30,7 +30,8 @@ class Codec:
     def encode(self, x: Tensor) -> Parts:
         """x [..., D] -> {"raw"} at 16 bits, else {"codes", "scale", "zero"}."""
         if self.bits == 16:
-            return {"raw": x.to(self.dtype)}
+            limit = torch.finfo(self.dtype).max  # saturate, as the quantizer does: an infinite key makes every logit NaN
+            return {"raw": x.clamp(-limit, limit).to(self.dtype)}
         codes, scale, zero = quantize(x, self.bits, self.group)
         return {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
 

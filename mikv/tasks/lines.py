@@ -99,12 +99,18 @@ def _load_file(path: Path) -> list[dict[str, str | int]]:
         )
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        target = row.get("target", row.get("expected_number"))
-        key = row["key"] if "key" in row else (row.get("random_idx") or [None])[0]
-        if "prompt" not in row or target is None or key is None:
-            raise ValueError(f"{path}:{number}: needs `prompt`, `target` (or `expected_number`) and `key`")
-        rows.append({"prompt": row["prompt"], "target": int(target), "key": key})
+        try:
+            row = json.loads(line)
+            target = int(row.get("target", row.get("expected_number")))
+            key = row["key"] if "key" in row else row["random_idx"][0]
+            prompt = str(row["prompt"])
+            if key not in {m["key"] for m in LINE.finditer(prompt)} or RECORD_OVER not in prompt:
+                raise ValueError("the prompt has no line of that key, or no question")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path}:{number}: needs a JSON object with `prompt`, `target` (or `expected_number`) and `key` ({error})"
+            ) from error
+        rows.append({"prompt": prompt, "target": target, "key": key})
     return rows
 
 

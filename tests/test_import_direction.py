@@ -1,0 +1,160 @@
+"""Imports go down the list of the design, never up, and each outside world enters through one module.
+
+run.py -> config -> runner -> engine, tasks, metrics, records, ... -> cache, attention, models -> policy
+       -> importance, quant -> types.       baselines -> policy, importance, quant, types
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# What a module, or all modules of a package, may import of this project; the longest name that fits counts. Whatever is in
+# no entry fails: a new module finds its place here.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "mikv": (),
+    "mikv.types": (),
+    "mikv.fingerprint": (),
+    "mikv.quant": ("mikv.types", "mikv.quant"),
+    "mikv.importance": ("mikv.types", "mikv.importance"),
+    "mikv.policy": ("mikv.types", "mikv.quant", "mikv.importance"),
+    "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
+    "mikv.attention": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention"),
+    "mikv.cache": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention", "mikv.cache"),
+    "mikv.models": (
+        *("mikv.types", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
+        *("mikv.attention", "mikv.models"),
+    ),
+    "mikv.engine": ("mikv.types", "mikv.importance", "mikv.policy", "mikv.attention", "mikv.cache", "mikv.models"),
+    "mikv.tasks": ("mikv.tasks",),
+    "mikv.metrics": ("mikv.metrics",),
+    "mikv.records": (),
+    "mikv.plots": (),
+    "mikv.table": (),
+    "mikv.runner": (
+        *("mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
+        *("mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
+    ),
+    "mikv.config": ("mikv.runner", "mikv.policy", "mikv.types"),
+    "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
+    "experiments": ("mikv",),
+    "scripts": ("mikv",),
+    "run": ("mikv", "experiments"),
+}
+# Outside worlds, and the only modules that may import them.
+ENTRANCES: dict[str, tuple[str, ...]] = {
+    "wandb": ("mikv.tracking",),
+    "lm_eval": ("mikv.lm",),
+    "triton": ("mikv.kernels",),
+    "hydra": ("run", "mikv.config"),
+    "omegaconf": ("run", "mikv.config"),
+}
+OURS = ("mikv", "baselines", "experiments", "scripts", "run")
+
+
+def sources() -> dict[str, str]:
+    """Text of every module of the project but the tests, by dotted name."""
+    files = [ROOT / "run.py", *(file for name in OURS for file in (ROOT / name).rglob("*.py"))]
+    return {name_of(file): file.read_text(encoding="utf-8") for file in files}
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(text: str, package: str) -> Iterator[str]:
+    """Dotted names that a module's text imports, wherever in it; `from a import b` is both a and a.b (b may be a module).
+
+    package: of the module, for relative imports.
+    """
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def violations(module: str, text: str, is_package: bool = False) -> list[str]:
+    """Imports of a module that the two tables forbid, and a place in them that it lacks."""
+    places = [entry for entry in MAY_IMPORT if inside(module, entry) and (entry != "mikv" or module == "mikv")]
+    if not places:
+        return [f"{module} has no place in MAY_IMPORT"]
+    allowed = MAY_IMPORT[max(places, key=len)]
+    found = []
+    for name in imported(text, module if is_package else module.rpartition(".")[0]):
+        world = name.split(".")[0]
+        if world in OURS and not any(inside(name, entry) for entry in allowed):
+            found.append(f"{module} imports {name}")
+        if world in ENTRANCES and not any(inside(module, entry) for entry in ENTRANCES[world]):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+SOURCES = sources()
+
+
+def test_all_modules_are_looked_at() -> None:
+    assert {"run", "mikv", "mikv.types", "mikv.cache.compressed", "baselines.h2o", "scripts.train_recall"} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_what_stands_below_it(module: str) -> None:
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    assert violations(module, SOURCES[module], is_package) == []
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    """Whoever adds a line to the table can't turn an arrow round."""
+    below = {name: {other for other in allowed if other != name and other != "mikv"} for name, allowed in MAY_IMPORT.items()}
+    while below:
+        bottom = {name for name, others in below.items() if not others & set(below)}
+        assert bottom, f"a circle among {sorted(below)}"
+        below = {name: others for name, others in below.items() if name not in bottom}
+
+
+def test_no_entry_of_the_table_lets_mikv_reach_up() -> None:
+    for name, allowed in MAY_IMPORT.items():
+        if inside(name, "mikv") or name == "baselines":
+            assert not {"mikv", "baselines", "experiments", "run", "scripts"} & set(allowed), name
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("mikv.types", "import mikv.engine"),
+        ("mikv.quant.affine", "from mikv import policy"),
+        ("mikv.quant.affine", "from ..cache import compressed"),
+        ("mikv.cache.prefill", "def f():\n    from mikv.engine import Engine"),
+        ("mikv.engine", "from baselines.h2o import h2o"),
+        ("mikv.runner", "import run"),
+        ("mikv.policy", "if TYPE_CHECKING:\n    import omegaconf"),
+        ("mikv.runner", "from hydra.utils import instantiate"),
+        ("mikv.records", "import wandb"),
+        ("mikv.brand_new", ""),
+        ("mikv.typeset", ""),  # not mikv.types
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, text: str) -> None:
+    assert violations(module, text)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("mikv.cache.prefill", "from mikv.types import Tier\nfrom .tier_store import TierStore\nimport hydrate, torch"),
+        ("mikv.config", "import hydra.utils"),
+        ("baselines.new", "from mikv.policy import Policy"),
+    ],
+)
+def test_an_allowed_import_is_left_alone(module: str, text: str) -> None:
+    assert violations(module, text) == []

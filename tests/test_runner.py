@@ -1,0 +1,270 @@
+"""Runs end to end on the tiny model: records, resuming, memory, identity, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+from mikv.config import CONF, ConfigError, build
+from mikv.engine import Engine
+from mikv.records import RecordError
+from mikv.runner import Run, RunError, execute
+
+TINY = ["model=tiny-random", "task.lines=2", "task.limit=4", "batch_size=2", "task.max_new_tokens=6"]
+
+
+def composed(tmp_path: Path, *overrides: str) -> Run:
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        config = compose("config", [*TINY, f"out={tmp_path}", *overrides])
+    return build(config, [o.split("=")[0] for o in overrides])
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outcomes(path: Path) -> dict[str, dict[str, Any]]:
+    """Samples by key, without what may differ between two runs: time."""
+    found = rows(path)
+    assert len({row["key"] for row in found}) == len(found)
+    return {row["key"]: {k: v for k, v in row.items() if k != "seconds"} for row in found}
+
+
+def test_records_and_summary_hold_what_they_promise(tmp_path: Path) -> None:
+    execute(composed(tmp_path, "name=here", "panel=demo"))
+    samples, summary = rows(tmp_path / "here" / "samples.jsonl"), rows(tmp_path / "here" / "summary.jsonl")
+    assert len(samples) == 4 * 13
+    assert summary[0]["label"] == "full"
+    assert len({row["label"] for row in summary}) == 13
+    for field in ("policy", "label", "doc_id", "answer", "target", "correct", "confused", "invented"):
+        assert all(field in row for row in samples)
+    for row in summary:
+        wanted = {
+            "policy", "label", "model", "task", "metric", "value", "n", "stderr", "size_percent", "size_percent_paper",
+            "nbytes", "seconds", "exercised", "question",
+        }  # fmt: skip
+        assert wanted <= row.keys()
+        assert row["n"] == 4
+        assert row["seconds"]["prefill"] > 0
+        assert row["exercised"] == (0 if row["policy"] == "full" else 4)
+        mine = [s for s in samples if s["label"] == row["label"]]
+        counted = sum(sum(s["nbytes"].values()) for s in mine) / sum(s["full_nbytes"] for s in mine)
+        assert row["size_percent"] == pytest.approx(100 * counted)
+    assert {f.name for f in (tmp_path / "here").iterdir()} >= {"config.yaml", "run.json", "curve.png"}
+
+
+def test_the_same_command_again_computes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = execute(composed(tmp_path))
+    monkeypatch.setattr(Engine, "generate", lambda *_: pytest.fail("computed again"))
+    assert execute(composed(tmp_path)) == first
+    assert "all 4 samples are done already" in capsys.readouterr().out
+
+
+def test_a_larger_limit_and_another_panel_go_on_in_a_named_folder(tmp_path: Path) -> None:
+    execute(composed(tmp_path, "name=x"))
+    before = outcomes(tmp_path / "x" / "samples.jsonl")
+    execute(composed(tmp_path, "name=x", "task.limit=6", "panel=demo"))
+    after = outcomes(tmp_path / "x" / "samples.jsonl")
+    assert len(after) == 6 * 13
+    assert all(after[key] == row for key, row in before.items())
+
+
+@pytest.mark.parametrize("options", ["batch_size=1", "batch_size=3", "reader=packed", "panel=demo"])
+def test_batch_reader_and_panel_change_no_outcome(tmp_path: Path, options: str) -> None:
+    execute(composed(tmp_path, "name=a"))
+    execute(composed(tmp_path, "name=b", options))
+    first, second = (outcomes(tmp_path / name / "samples.jsonl") for name in "ab")
+    for key, row in first.items():
+        assert {**second[key], "reader": ""} == {**row, "reader": ""}
+
+
+def test_killed_at_random_moments_and_started_again_nothing_is_lost_or_double(tmp_path: Path) -> None:
+    """kill -9 of a real process (trap T30): the final records are those of an uninterrupted run."""
+    options = [*TINY, "task.limit=24", "batch_size=1", f"out={tmp_path}"]
+    command = [sys.executable, "run.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "name=whole"], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    samples = tmp_path / "cut" / "samples.jsonl"
+    rng, killed = random.Random(0), 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command, "name=cut"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        begun = samples.stat().st_size if samples.exists() else 0
+        while process.poll() is None and (samples.stat().st_size if samples.exists() else 0) == begun:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed >= 1
+    subprocess.run([*command, "name=cut"], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    assert outcomes(samples) == outcomes(tmp_path / "whole" / "samples.jsonl")
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(composed(tmp_path, "name=roomy", "batch_size=4"))
+    generate = Engine.generate
+
+    def narrow(self: Engine, prompts: Any, *rest: Any) -> Any:
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, prompts, *rest)
+
+    monkeypatch.setattr(Engine, "generate", narrow)
+    execute(composed(tmp_path, "name=narrow", "batch_size=4"))
+    assert outcomes(tmp_path / "roomy" / "samples.jsonl") == outcomes(tmp_path / "narrow" / "samples.jsonl")
+    assert "out of memory with 4 samples at a time; trying 2" in capsys.readouterr().out
+
+
+def test_out_of_memory_with_one_sample_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, calls = Engine.generate, []
+
+    def failing(self: Engine, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(Engine, "generate", failing)
+    with pytest.raises(RunError, match=r"single sample .* reader=packed"):
+        execute(composed(tmp_path, "name=x", "batch_size=1"))
+    assert len(rows(tmp_path / "x" / "samples.jsonl")) == 2 * 2
+
+
+def test_another_error_is_not_taken_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Engine, "generate", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        execute(composed(tmp_path))
+
+
+def test_a_policy_that_never_compressed_fails_the_run(tmp_path: Path) -> None:
+    """Its numbers would be the full cache's (trap T4)."""
+    with pytest.raises(RunError, match=r"mikv 100% 16/2 was never exercised"):
+        execute(composed(tmp_path, "policy=mikv", "policy.keep=1.0"))
+
+
+def test_a_prompt_longer_than_the_model_is_refused_before_work(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"4 of 4 prompts do not fit tiny-random: .*task\.lines"):
+        execute(composed(tmp_path, "model.max_tokens=50", "name=x"))
+    assert not (tmp_path / "x" / "samples.jsonl").exists()
+
+
+def test_a_corrupt_record_is_reported_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute(composed(tmp_path, "name=x"))
+    file = tmp_path / "x" / "samples.jsonl"
+    file.write_text("nonsense\n" + file.read_text())
+    monkeypatch.setattr("mikv.runner.load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(RecordError, match=r"samples\.jsonl:1 is no record"):
+        execute(composed(tmp_path, "name=x"))
+
+
+def test_the_question_is_part_of_every_row(tmp_path: Path) -> None:
+    """Visible and hidden are never mixed (trap T5): another key, another folder, and a field in every row."""
+    for question in ("visible", "hidden"):
+        for row in execute(composed(tmp_path, "task=guardedrecall", f"protocol.question={question}")):
+            assert row["question"] == question
+    files = list(tmp_path.glob("*/samples.jsonl"))
+    assert len(files) == 2
+    assert not outcomes(files[0]).keys() & outcomes(files[1]).keys()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "policy.keep=0.3", "policy.high.bits=8", "policy.low.key_bits=4", "policy.low.group=8", "policy.balance=false",
+        "policy.recent=0.2", "policy.budget=fixed", "policy=h2o", "policy=random", "task.lines=3", "task.max_new_tokens=7",
+        "task=guardedrecall", "protocol.question=hidden", "seed=1", "model.dtype=bfloat16", "model=smollm2-135m",
+    ],
+)  # fmt: skip
+def test_two_runs_that_differ_in_one_field_have_two_keys(tmp_path: Path, override: str) -> None:
+    """And nothing else: a store that hashes less returns another policy's answers (trap T29)."""
+    one, other = composed(tmp_path), composed(tmp_path, override)
+    assert one.key(one.panel[1], 0) != other.key(other.panel[1], 0)
+    assert one.folder() != other.folder()
+
+
+@pytest.mark.parametrize("override", ["batch_size=7", "reader=packed", "out=elsewhere"])
+def test_what_changes_no_outcome_changes_no_key(tmp_path: Path, override: str) -> None:
+    one, other = composed(tmp_path), composed(tmp_path, override)
+    assert one.key(one.panel[1], 0) == other.key(other.panel[1], 0)
+
+
+def test_a_file_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
+    line = "line a-b: REGISTER_CONTENT is <7>\n\nNow the record is over. Tell me what is in line a-b?"
+    for name in ("one", "two", "other"):
+        text = line.replace("<7>", "<8>") if name == "other" else line
+        (tmp_path / name).write_text(json.dumps({"prompt": text, "key": "a-b", "target": 7}))
+    one, two, other = (composed(tmp_path, f"task.file={tmp_path / name}").identity() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy=mikv", "panel=demo"], "exclude each other"),
+        (["policy.keep=1.5"], "1.5 is no ratio"),
+        (["policy.keep=abc"], "abc is no ratio"),
+        (["policy.high.bits=5"], "16, 8, 4, 3, 2, 0"),
+        (["task.lines=0"], "at least 1 line"),
+        (["task.limit=0"], "task.limit=0"),
+        (["batch_size=0"], "batch_size=0"),
+        (["protocol.question=maybe"], "visible or hidden"),
+        (["reader=fast"], "working or packed"),
+        (["panel=demo", "panel.entries=[{policy: mikvv}]"], r"no policy 'mikvv' \(did you mean mikv\?\)"),
+        (["panel=demo", "panel.entries=[{policy: mikv, kep: 0.1}]"], r"no option 'kep' \(did you mean keep\?\)"),
+        (["panel=demo", "panel.entries=[{policy: mikv}, {policy: mikv}]"], "more than once"),
+    ],
+)
+def test_bad_configurations_are_refused_with_a_reason(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        composed(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if f.parent.name != "model"]
+)
+def test_every_committed_choice_builds(tmp_path: Path, group: str, name: str) -> None:
+    assert composed(tmp_path, f"{group}={name}").panel[0].name == "full"
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "model").glob("*.yaml")))
+def test_every_model_choice_builds(tmp_path: Path, name: str) -> None:
+    spec = composed(tmp_path, f"model={name}").model
+    assert spec.name == name
+    assert not spec.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["policy=mikvv"], "did you mean policy=mikv?"),
+        (["policy.kep=0.1"], "did you mean policy.keep"),
+        (["policy.keep=2"], "2 is no ratio"),
+        (["task=linerecal"], "did you mean task=linerecall?"),
+    ],
+)
+def test_the_command_line_answers_a_slip_with_the_nearest_name(arguments: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
