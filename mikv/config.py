@@ -14,11 +14,20 @@ from omegaconf.errors import OmegaConfBaseException
 from mikv.policy import Policy
 from mikv.runner import Run
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = (Path(__file__).parent.parent / "conf").resolve()
 
 
 class ConfigError(ValueError):
     """The configuration asks for something that doesn't exist or can't be; the message says what, and what does."""
+
+
+def compose(*overrides: str) -> Run:
+    """The run that `python run.py OVERRIDES` would do, for scripts and tests: compose("panel=demo", "task.lines=40")."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("config", list(overrides))
+    return build(config, [override.split("=")[0] for override in overrides])
 
 
 def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:

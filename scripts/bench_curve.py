@@ -17,9 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
-from hydra import compose, initialize_config_dir
-
-from mikv.config import CONF, build
+from mikv.config import compose
 from mikv.engine import Engine, Prompt
 from mikv.models.load import load
 from mikv.policy import Policy
@@ -35,9 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = compose("config", [f"panel={args.panel}", f"model={args.model}", f"task.lines={args.lines}"])
-    run = build(config)
+    run = compose(f"panel={args.panel}", f"model={args.model}", f"task.lines={args.lines}")
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0)
     prompts = [Prompt(*encode(loaded.tokenizer, s, "visible")) for s in run.task.samples(args.samples, 0)]

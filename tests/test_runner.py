@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 
-from mikv.config import CONF, ConfigError, build
+from mikv.config import CONF, ConfigError, compose
 from mikv.engine import Engine
 from mikv.records import RecordError
 from mikv.runner import Run, RunError, execute
@@ -26,9 +25,7 @@ TINY = ["model=tiny-random", "task.lines=2", "task.limit=4", "batch_size=2", "ta
 
 
 def composed(tmp_path: Path, *overrides: str) -> Run:
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        config = compose("config", [*TINY, f"out={tmp_path}", *overrides])
-    return build(config, [o.split("=")[0] for o in overrides])
+    return compose(*TINY, f"out={tmp_path}", *overrides)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
