@@ -131,7 +131,7 @@ class LineRecall:
 
     lines: int = 20
     file: str | None = None
-    max_new_tokens: int = 32
+    max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.lines < 1:
@@ -191,7 +191,7 @@ class GuardedRecall:
     flags: ClassVar[tuple[str, ...]] = ("confused", "invented", "breach", "over_refusal")
 
     lines: int = 20
-    max_new_tokens: int = 32
+    max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.lines < 2:
