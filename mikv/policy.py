@@ -155,7 +155,7 @@ def exact(share: float) -> Fraction:
 
 
 def check_ratio(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ValueError(f"{name}: {share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,18 @@ class Run:
         if twice:
             raise ValueError(f"the panel has {', '.join(twice)} more than once; each row must differ in something")
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What changes an outcome, besides policy and sample. Not: limit, batch size, reader, paths."""
-        dtype = str(self.model.resolve_dtype()).removeprefix("torch.")
+        """What changes an outcome, besides policy and sample. Not: limit, batch size, reader, paths.
+
+        Computed once: weights in a local folder are read for their fingerprint.
+        """
         return {
-            "model": {"name": self.model.name, "weights": self.model.describe(), "dtype": dtype},
+            "model": {
+                "name": self.model.name,
+                "weights": self.model.describe(),
+                "dtype": str(self.model.resolve_dtype()).removeprefix("torch."),
+            },
             "task": task_identity(self.task),
             "protocol": {"question": self.question},
             "seed": self.seed,
@@ -86,12 +94,12 @@ class Run:
 
     def key(self, policy: Policy, doc_id: int) -> str:
         """Key of one policy's answer to one sample."""
-        return fingerprint({**self.identity(), "policy": policy_identity(policy), "doc_id": doc_id})
+        return fingerprint({**self.identity, "policy": policy_identity(policy), "doc_id": doc_id})
 
     def folder(self) -> Path:
         if self.name is not None:
             return self.out / self.name
-        asked = {**self.identity(), "limit": self.limit, "panel": [policy_identity(p) for p in self.panel]}
+        asked = {**self.identity, "limit": self.limit, "panel": [policy_identity(p) for p in self.panel]}
         return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
 
 
@@ -127,7 +135,7 @@ def execute(run: Run) -> list[Row]:
     samples = run.task.samples(run.limit, run.seed)
     if not samples:
         raise RunError(f"the task {run.task.name} has no samples")
-    with RunFolder(run.folder(), run.identity(), run.config) as records:
+    with RunFolder(run.folder(), run.identity, run.config) as records:
         done = records.samples()
         todo = [(sample, missing) for sample in samples if (missing := _missing(run, sample, done))]
         if not todo:

@@ -211,7 +211,7 @@ def test_a_file_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
     for name in ("one", "two", "other"):
         text = line.replace("<7>", "<8>") if name == "other" else line
         (tmp_path / name).write_text(json.dumps({"prompt": text, "key": "a-b", "target": 7}))
-    one, two, other = (composed(tmp_path, f"task.file={tmp_path / name}").identity() for name in ("one", "two", "other"))
+    one, two, other = (composed(tmp_path, f"task.file={tmp_path / name}").identity for name in ("one", "two", "other"))
     assert one == two != other
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mikv.types import Geometry
 
-# Tested with tiny random models of each (tests/test_architectures.py). Others may work: add them there, then here.
+# Tested with tiny random models of each (tests/test_policy_contract.py). Others may work: add them there, then here.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 # RoPE variants whose frequencies do not depend on the length: re-indexing a cached key is one more rotation.

@@ -37,6 +37,9 @@ def encode(tokenizer: Any, sample: Sample, question: str) -> tuple[list[int], li
     question begins. The ids together are the same in both.
     """
     text = render(tokenizer, sample.messages)
+    for message in sample.messages:
+        if message["content"].strip() not in text:  # a dropped safety rule would make every answer a breach
+            raise ValueError(f"the chat template drops or rewrites the {message['role']} message; choose a model that keeps it")
     templated = bool(getattr(tokenizer, "chat_template", None))  # a template writes its own special tokens
     encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])

@@ -126,3 +126,12 @@ def test_characters_of_several_bytes_do_not_move_the_split() -> None:
 def test_a_sample_whose_last_message_does_not_end_with_the_question_is_refused() -> None:
     with pytest.raises(ValueError, match="sample 7: the last message must end with the question"):
         Sample(7, [USER], "Where?", "")
+
+
+def test_a_template_that_drops_the_system_message_is_refused() -> None:
+    """Guarded recall without its rule would report a breach for every answer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    messages = [{"role": "system", "content": "rule"}, {"role": "user", "content": "text question"}]
+    with pytest.raises(ValueError, match="drops or rewrites the system message"):
+        encode(tokenizer, Sample(0, messages, "question", "x"), "visible")
