@@ -113,15 +113,16 @@ def test_killed_at_random_moments_and_started_again_nothing_is_lost_or_double(tm
     assert outcomes(samples) == outcomes(tmp_path / "whole" / "samples.jsonl")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("MPS backend out of memory")])
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     execute(composed(tmp_path, "name=roomy", "batch_size=4"))
     generate = Engine.generate
 
     def narrow(self: Engine, prompts: Any, *rest: Any) -> Any:
         if len(prompts) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return generate(self, prompts, *rest)
 
     monkeypatch.setattr(Engine, "generate", narrow)
