@@ -54,7 +54,12 @@ def suggest(arguments: list[str]) -> None:
 
     overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith("-")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = compose("config", [o for o in overrides if o.partition("=")[0] in GROUPS and _exists(*o.split("=", 1))])
+        pairs = [override.split("=", 1) for override in overrides]
+        # of a sweep (policy=mikv,h2o) the first choice tells the options as well as any
+        chosen = [
+            f"{name}={value.split(',')[0]}" for name, value in pairs if name in GROUPS and _exists(name, value.split(",")[0])
+        ]
+        known = compose("config", chosen)
         for override in overrides:
             name, _, value = override.partition("=")
             if name in GROUPS:

@@ -252,6 +252,13 @@ def test_every_model_choice_builds(tmp_path: Path, name: str) -> None:
     assert not spec.trust_remote_code
 
 
+def test_a_sweep_runs_its_jobs_one_after_the_other(tmp_path: Path) -> None:
+    sweep = ["-m", "policy=mikv,h2o", *TINY, f"out={tmp_path}"]
+    done = subprocess.run([sys.executable, "run.py", *sweep], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/summary.jsonl"))) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
