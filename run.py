@@ -49,35 +49,26 @@ def suggest(arguments: list[str]) -> None:
     from difflib import get_close_matches
 
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
-    overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith("-")]
+    given = [a.lstrip("+~").split("=", 1) for a in arguments if "=" in a and not a.startswith("-")]
+    chosen = []
+    for group, value in given:
+        if group in GROUPS:
+            choices = [file.stem for file in (CONF / group).glob("*.yaml")]
+            first = value.split(",")[0]  # of a sweep (policy=mikv,h2o) the first choice tells the options as well as any
+            if first in choices:
+                chosen.append(f"{group}={first}")
+            for near in get_close_matches(first, choices, 1) if first not in choices else ():
+                print(f"there is no {group} {first!r}: did you mean {group}={near}?", file=sys.stderr)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        pairs = [override.split("=", 1) for override in overrides]
-        # of a sweep (policy=mikv,h2o) the first choice tells the options as well as any
-        chosen = [
-            f"{name}={value.split(',')[0]}" for name, value in pairs if name in GROUPS and _exists(name, value.split(",")[0])
-        ]
         known = compose("config", chosen)
-        for override in overrides:
-            name, _, value = override.partition("=")
-            if name in GROUPS:
-                choices = [file.stem for file in (CONF / name).glob("*.yaml")]
-                for near in get_close_matches(value, choices, 1) if not _exists(name, value) else ():
-                    print(f"there is no {name} {value!r}: did you mean {name}={near}?", file=sys.stderr)
-                continue
-            parent, _, last = name.rpartition(".")
-            try:
-                options = list(OmegaConf.select(known, parent) or known) if parent else list(known)
-            except (HydraException, TypeError):
-                continue
-            for near in get_close_matches(last, [str(o) for o in options], 1) if last not in options else ():
-                print(f"there is no option {name}: did you mean {f'{parent}.' if parent else ''}{near}?", file=sys.stderr)
-
-
-def _exists(group: str, choice: str) -> bool:
-    return "," in choice or "(" in choice or choice == "null" or (CONF / group / f"{choice}.yaml").is_file()
+    for name, _ in given:
+        parent, dot, last = name.rpartition(".")
+        options = OmegaConf.select(known, parent) if parent else known
+        if isinstance(options, DictConfig) and last not in options and last not in GROUPS:
+            for near in get_close_matches(last, map(str, options), 1):
+                print(f"there is no option {name}: did you mean {parent}{dot}{near}?", file=sys.stderr)
 
 
 if __name__ == "__main__":
