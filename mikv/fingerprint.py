@@ -15,11 +15,15 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def content_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that name the content of a file, or of a folder: its small files' content, its large ones' size."""
+    """16 hexadecimal digits that name the content of a file, or of a folder of weights.
+
+    Small files are read whole, large ones in 64 places: checkpoints of one architecture are equally large, and differ
+    everywhere. In a folder hidden files (a downloader's notes) and texts about it (*.md) do not count.
+    """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file():
-            name = "" if file == path else str(file.relative_to(path))  # a single file's own name is where it lies
+        name = "" if file == path else str(file.relative_to(path))  # a single file's own name is where it lies
+        if file.is_file() and not (name.endswith(".md") or any(part.startswith(".") for part in Path(name).parts)):
             digest.update(f"{name}:{file.stat().st_size};".encode())
             if file.stat().st_size <= 2**24:
                 digest.update(file.read_bytes())

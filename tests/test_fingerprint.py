@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import IDENTITY, ROOT
 
 from mikv.fingerprint import content_fingerprint, fingerprint
-
-IDENTITY: dict[str, Any] = {
-    "model": {"name": "tiny", "weights": "hub:a/b@main", "dtype": "float32"},
-    "task": {"name": "linerecall", "version": 1, "lines": 20, "file": None},
-    "policy": {"tiers": [[16, 16, None], [2, 2, 32]], "shares": [0.2], "balance": True},
-    "doc_id": 0,
-    "seed": 0,
-}
 
 
 def in_a_process(code: str, hash_seed: str) -> str:
@@ -121,3 +113,15 @@ def test_two_checkpoints_of_one_size_are_two_contents(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes([byte]) * (2**24 + 1))
     assert content_fingerprint(files[0]) != content_fingerprint(files[1])
+
+
+def test_texts_and_a_downloaders_notes_do_not_count(tmp_path: Path) -> None:
+    """A better README of an adapter is no other adapter, nor is a second download of the same files."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = content_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("better")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "time.json").write_text("now")
+    assert content_fingerprint(tmp_path) == before
+    (tmp_path / "config.json").write_text("{}")
+    assert content_fingerprint(tmp_path) != before

