@@ -20,7 +20,8 @@ TORCH=$(grep -E '^torch==' requirements.txt)
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "setting up $VENV (once; a few minutes) ..."
-if ! pip install -q "$TORCH" --dry-run --no-index >/dev/null 2>&1; then  # not there yet
+installed=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null || true)
+if [ "torch==$installed" != "$TORCH" ]; then
   if command -v nvidia-smi >/dev/null 2>&1; then
     pip install -q "$TORCH"
   elif [ -n "${TORCH_INDEX:-}" ]; then
