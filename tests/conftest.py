@@ -25,6 +25,14 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 POLICIES = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
 NO_END: frozenset[int] = frozenset()
+# What a run's identity looks like, for tests of hashes and records.
+IDENTITY: dict[str, Any] = {
+    "model": {"name": "tiny", "weights": "hub:a/b@main", "dtype": "float32"},
+    "task": {"name": "linerecall", "version": 1, "lines": 20, "file": None},
+    "policy": {"tiers": [[16, 16, None], [2, 2, 32]], "shares": [0.2], "balance": True},
+    "doc_id": 0,
+    "seed": 0,
+}
 
 
 @cache
@@ -68,12 +76,3 @@ def bits_everywhere(name: str, bits: int) -> Policy:
 def any_policy(request: pytest.FixtureRequest) -> Policy:
     """Every policy of conf/policy, found by listing the folder."""
     return policy(request.param)
-
-
-@pytest.fixture
-def one_thread() -> Any:
-    """Tiny tensors are slower on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -28,7 +28,8 @@ def stock_answer(architecture: str, dtype: torch.dtype, ids: list[int], steps: i
     stock = model(architecture, dtype, "eager", **shape)
     past = DynamicCache(config=stock.config)
     with torch.inference_mode():
-        stock(torch.tensor([ids[:-1]]), past_key_values=past)
+        if len(ids) > 1:
+            stock(torch.tensor([ids[:-1]]), past_key_values=past)
         answer: list[int] = []
         for _ in range(steps):
             fed = answer[-1] if answer else ids[-1]
@@ -252,7 +253,7 @@ def test_an_empty_context_decodes_from_nothing(any_policy: Policy) -> None:
     assert got.compressed_tokens == 0
     assert got.usage.seen_tokens == 30
     if any_policy.lossless:
-        assert got.tokens == answers(Engine(model(), NO_END, 257), [Prompt([], [7])], [any_policy], 30)[0][0]
+        assert got.tokens == stock_answer("llama", torch.float32, [7], 30)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import IDENTITY, ROOT
 
 from mikv.records import VERSION, RecordError, RunFolder, read_rows, write_atomically
-
-IDENTITY: dict[str, Any] = {
-    "model": {"name": "tiny", "weights": "hub:a/b@main", "dtype": "float32"},
-    "task": {"name": "linerecall", "version": 1, "lines": 20, "file": None},
-    "policy": {"tiers": [[16, 16, None], [2, 2, 32]], "shares": [0.2], "balance": True},
-    "doc_id": 0,
-    "seed": 0,
-}
 
 
 def folder(path: Path, identity: dict[str, Any] | None = None, config: str = "seed: 0\n") -> RunFolder:

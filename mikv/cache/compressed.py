@@ -52,6 +52,8 @@ class Workspace:
         size = torch.Size(shape).numel()
         buffer = self._buffers.get((name, dtype, device))
         if buffer is None or buffer.numel() < size:
+            del buffer
+            self._buffers.pop((name, dtype, device), None)  # first the old one goes: both may not fit
             buffer = self._buffers[name, dtype, device] = torch.zeros(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
@@ -64,7 +66,7 @@ class CompressedCache(Cache):
         panel: the P policies.
         prompt_lengths: int64 [B]: lengths that budgets of kind `fixed` are shares of; None = the prefill's.
         reader: see above.
-        inv_freq: RoPE's inverse frequencies [D / 2], for policies with contiguous positions.
+        inv_freq: RoPE's inverse frequencies [D / 2], for policies with contiguous positions; None = they aren't fixed.
         workspace: memory for the working copy; None = fresh memory.
     """
 
@@ -81,7 +83,10 @@ class CompressedCache(Cache):
         self._geometry = state.geometry
         prompt_lengths = state.lengths.tokens if prompt_lengths is None else prompt_lengths
         if inv_freq is None and any(policy.positions == "contiguous" for policy in panel):
-            raise ValueError("contiguous positions need the model's RoPE frequencies (inv_freq)")
+            raise ValueError(
+                "this model's RoPE frequencies depend on the length: keys in the cache can't be re-indexed; use "
+                "positions=original"
+            )
         workspace = Workspace() if workspace is None else workspace
         self.banks = [_Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace) for bank in state.banks]
         layers = [_CompressedLayer(bank, i) for bank in self.banks for i in range(len(bank.layers))]

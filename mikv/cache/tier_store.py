@@ -33,6 +33,7 @@ class TierStore:
         chunks: initial content, [l, B, H, S, ...] for consecutive slices of layers; of row b the first count[b] slots
             are used.
         count: int64 [B], on the CPU.
+        head_dim: D.
         balancer: float32 [L, B, H, 1, D] for keys of a quantized tier, or None.
         compute: dtype of the model.
         with_positions: positions must be stored (where they don't follow from the slot).
@@ -59,9 +60,10 @@ class TierStore:
         self.count = count.clone()
         self._longest = int(count.max())  # upper bound of count, known without looking
         encoded: list[Parts] = []
+        start = 0
         for pairs in chunks:
-            start = sum(len(parts["keys.codes" if tier.k < 16 else "keys.raw"]) for parts in encoded)
             encoded.append(self._encode(pairs, slice(start, start + len(pairs.keys))))
+            start += len(pairs.keys)
         self.parts = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
 
     @property

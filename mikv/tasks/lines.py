@@ -90,28 +90,37 @@ def _number_outcome(answer: str, target: int, record_numbers: Sequence[int]) -> 
     }
 
 
-def _load_file(path: Path) -> list[dict[str, str | int]]:
-    """Rows of an official LongEval file (JSON lines with `prompt`, and the key and number in one of two spellings)."""
+def _load_file(path: Path) -> list[Sample]:
+    """Samples of an official LongEval file (JSON lines with `prompt`, and the key and number in one of two spellings)."""
     if not path.is_file():
         raise FileNotFoundError(
             f"task.file={path} is no file. Wanted: LongEval's JSON lines (field `prompt`), as made by LongChat's "
             "generate_testcases; leave task.file out to generate records instead."
         )
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    samples = []
+    for doc_id, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
         try:
-            row = json.loads(line)
-            target = int(row.get("target", row.get("expected_number")))
-            key = row["key"] if "key" in row else row["random_idx"][0]
-            prompt = str(row["prompt"])
-            if key not in {m["key"] for m in LINE.finditer(prompt)} or RECORD_OVER not in prompt:
-                raise ValueError("the prompt has no line of that key, or no question")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            row = json.loads(text)
+            target = int(row["target"] if "target" in row else row["expected_number"])
+            key, prompt = row["key"] if "key" in row else row["random_idx"][0], str(row["prompt"])
+            found = [(m["key"], int(m["number"])) for m in LINE.finditer(prompt)]
+            asked = [name for name, _ in found].index(key)
+            question = prompt[prompt.rindex(RECORD_OVER) :]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: needs a JSON object with `prompt`, `target` (or `expected_number`) and `key` ({error})"
+                f"{path}:{doc_id + 1} is no sample ({error!r}): wanted a JSON object with `prompt` (lines, then "
+                f"'{RECORD_OVER.strip()}'), `target` or `expected_number`, and `key` or `random_idx` of a line in it"
             ) from error
-        rows.append({"prompt": prompt, "target": target, "key": key})
-    return rows
+        samples.append(
+            Sample(
+                doc_id=doc_id,
+                messages=[{"role": "user", "content": prompt}],
+                question=question,
+                target=str(target),
+                meta={"numbers": tuple(n for _, n in found), "depth": asked / max(1, len(found) - 1)},
+            )
+        )
+    return samples
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class LineRecall:
 
     def samples(self, limit: int, seed: int) -> list[Sample]:
         if self.file is not None:
-            return self._from_file(Path(self.file), limit)
+            return _load_file(Path(self.file))[:limit]
         return [self._generate(doc_id, seed) for doc_id in range(limit)]
 
     def _generate(self, doc_id: int, seed: int) -> Sample:
@@ -154,23 +163,6 @@ class LineRecall:
             target=str(record.numbers[asked]),
             meta={"numbers": record.numbers, "depth": asked / max(1, self.lines - 1)},
         )
-
-    def _from_file(self, path: Path, limit: int) -> list[Sample]:
-        samples = []
-        for doc_id, row in enumerate(_load_file(path)[:limit]):
-            prompt = str(row["prompt"])
-            found = [(m["key"], int(m["number"])) for m in LINE.finditer(prompt)]
-            asked = [key for key, _ in found].index(str(row["key"]))
-            samples.append(
-                Sample(
-                    doc_id=doc_id,
-                    messages=[{"role": "user", "content": prompt}],
-                    question=prompt[prompt.rindex(RECORD_OVER) :],
-                    target=str(row["target"]),
-                    meta={"numbers": tuple(n for _, n in found), "depth": asked / max(1, len(found) - 1)},
-                )
-            )
-        return samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, bool]:
         return _number_outcome(answer, int(sample.target), sample.meta["numbers"])
