@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -273,3 +273,14 @@ def test_the_command_line_answers_a_slip_with_the_nearest_name(arguments: list[s
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_starts_as_its_docstring_says(script: Path, tmp_path: Path) -> None:
+    """From another folder and without PYTHONPATH, as a user would."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
