@@ -11,9 +11,10 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +22,27 @@ from torch import Tensor
 from mikv.cache.compressed import READERS as READERS  # what `Engine.reader` may be
 from mikv.cache.compressed import CompressedCache, Usage, Workspace
 from mikv.cache.prefill import PrefillCache, PrefillState
+from mikv.decoding import Decoding, choose, penalized
 from mikv.importance.base import Observer
 from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
 from mikv.policy import Policy
+from mikv.randomness import uniform
 from mikv.types import Lengths
+
+# At most so many continuations are fed at a time, each in a row of its own per policy.
+_FORKS = 16
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids: `context` is compressed, `question` (at least one token) is fed through the compressed cache."""
+    """Token ids: `context` is compressed, `question` (at least one token) is fed through the compressed cache.
+
+    repeat: counts sampled answers to the same prompt, each of which gets its own random numbers.
+    """
 
     context: Sequence[int]
     question: Sequence[int]
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         if not self.question:
@@ -44,27 +54,77 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """An answer of one policy to one prompt.
+class Scoring:
+    """A prompt, and token sequences (each at least one) whose log-probabilities after it are wanted."""
 
-    tokens: without the end token; ended: by an end token, not by the limit; usage: of the cache at the end of the answer;
-    compressed_tokens: how many tokens of the context were not at 16 bits when the first token was fed through the
-    compressed cache (0 = the policy was not exercised).
+    prompt: Prompt
+    continuations: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        if not self.continuations or not all(self.continuations):
+            raise ValueError("nothing to score: each continuation needs at least one token")
+
+
+class Fidelity(NamedTuple):
+    """How far a policy is from the panel's first one (the full twin) while both are fed the same tokens.
+
+    kl: mean over the tokens of KL(twin || policy) between next-token distributions, in nats; agreement: share of tokens at
+    which both have the same most probable token; nll_change: mean change of the tokens' negative log-likelihood, in nats
+    (positive = less probable than with the twin).
     """
 
-    tokens: list[int]
-    ended: bool
+    kl: float
+    agreement: float
+    nll_change: float
+
+
+class Scored(NamedTuple):
+    """One continuation: the sum of its tokens' log-probabilities, whether each was the most probable token."""
+
+    logprob: float
+    greedy: bool
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The continuations of one prompt under one policy.
+
+    usage: of the cache when the question has been fed; compressed_tokens: see Generation.
+    """
+
+    continuations: list[Scored]
     compressed_tokens: int
     usage: Usage
 
 
+@dataclass(frozen=True)
+class Generation:
+    """An answer of one policy to one prompt.
+
+    tokens: without the end token; end: the end token, or None where something else ended the answer; ended: by an end token
+    or the stop condition, not by the limit; usage: of the cache at the end of the answer; compressed_tokens: how many tokens
+    of the context were not at 16 bits when the first token was fed through the compressed cache (0 = the policy was not
+    exercised); fidelity: on the first policy's answer, where that was asked for.
+    """
+
+    tokens: list[int]
+    end: int | None
+    ended: bool
+    compressed_tokens: int
+    usage: Usage
+    fidelity: Fidelity | None = None
+
+
 @dataclass
 class Seconds:
-    """Time spent by phase, for all policies of a panel together: they share one prefill and one decode."""
+    """Time spent by phase, for all policies of a panel together: they share one prefill and one decode. fidelity: feeding
+    the full twin's answers through every cache."""
 
     prefill: float = 0.0
     compress: float = 0.0
     decode: float = 0.0
+    fidelity: float = 0.0
 
 
 @dataclass
@@ -88,25 +148,38 @@ class Engine:
         self.geometry = geometry(self.model.config)
         self._devices = layer_devices(self.model)
         self._workspace = Workspace()
+        self._prefix: tuple[tuple[tuple[int, ...], frozenset[Observer]], PrefillState] | None = None
 
     @torch.inference_mode()
-    def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = ()) -> PrefillState:
-        """One exact forward pass over the contexts, left-padded. Empty contexts are allowed."""
+    def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = (), shared: int = 0) -> PrefillState:
+        """One exact forward pass over the contexts, left-padded. Empty contexts are allowed.
+
+        shared: so many first tokens are the same in all contexts, and none of them ends there. They are prefilled once,
+        also for the next calls with the same ones.
+        """
         lengths = Lengths(torch.tensor([len(c) for c in contexts]), max(map(len, contexts)))
-        cache = PrefillCache(self.geometry, self._devices, self.model.dtype, lengths, list(observers))
+        prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
+        cache = PrefillCache(self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix)
         if lengths.width:
-            ids = [[self.pad_token] * (lengths.width - len(c)) + list(c) for c in contexts]
-            positions = lengths.positions(self.model.device)
+            fed = lengths.width - shared
+            ids = [[self.pad_token] * (lengths.width - len(c)) + list(c[shared:]) for c in contexts]
+            positions = lengths.positions(self.model.device)[:, shared:]
             self.model(
-                input_ids=torch.tensor(ids, device=self.model.device),
-                attention_mask=(positions >= 0).long(),
+                input_ids=torch.tensor([row[-fed:] for row in ids], device=self.model.device),
+                attention_mask=(positions >= shared).long(),
                 position_ids=positions.clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        names = [zlib.crc32(array("q", context).tobytes()) for context in contexts]
-        return cache.state(torch.tensor(names))
+        return cache.state(torch.tensor([_name(context) for context in contexts]))
+
+    def _shared_prefix(self, tokens: Sequence[int], observers: frozenset[Observer]) -> PrefillState:
+        key = (tuple(tokens), observers)
+        if self._prefix is None or self._prefix[0] != key:
+            self._prefix = None  # first the old one goes
+            self._prefix = (key, self.prefill([tokens], observers))
+        return self._prefix[1]
 
     def compress(
         self,
@@ -119,60 +192,105 @@ class Engine:
         return CompressedCache(state, panel, prompt_lengths, self.reader, rope_inv_freq(self.model), workspace)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], panel: Sequence[Policy], max_new_tokens: int) -> list[list[Generation]]:
-        """Greedy answers: for each policy of the panel, one per prompt."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        panel: Sequence[Policy],
+        decoding: Decoding,
+        shared: int = 0,
+        fidelity: bool = False,
+    ) -> list[list[Generation]]:
+        """Answers: for each policy of the panel, one per prompt.
+
+        shared: first tokens that all contexts have in common, see `prefill`. fidelity: feed the answers of the panel's first
+        policy, end tokens included, through the others' caches as well.
+        """
+        with self._timed("prefill"):
+            state = self._prefill_for(prompts, panel, shared)
+        with self._timed("compress"):
+            cache = self._compress_for(state, prompts, panel)
+        if not fidelity:
+            del state  # its exact keys and values are not needed while decoding
+        with self._timed("decode"):
+            answers = self._decode(cache, prompts, len(panel), decoding)
+        if not fidelity:
+            return answers
+        with self._timed("fidelity"):
+            said = [[[*twin.tokens, *([] if twin.end is None else [twin.end])]] for twin in answers[0]]
+            scores = self._score(self._compress_for(state, prompts, panel), prompts, said, len(panel))
+        return [
+            [replace(g, fidelity=s.continuations[0].fidelity) for g, s in zip(of_policy, scored, strict=True)]
+            for of_policy, scored in zip(answers, scores, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score(self, scorings: Sequence[Scoring], panel: Sequence[Policy], shared: int = 0) -> list[list[Scores]]:
+        """Log-probabilities of continuations: for each policy of the panel, one result per prompt.
+
+        In two phases: the context is prefilled and compressed, then question and continuation are fed through the
+        compressed cache. (One forward pass over both, as harnesses do it, would never read the compressed cache.)
+        """
+        prompts = [scoring.prompt for scoring in scorings]
+        wanted = [scoring.continuations for scoring in scorings]
+        with self._timed("prefill"):
+            state = self._prefill_for(prompts, panel, shared)
+        with self._timed("compress"):
+            cache = self._compress_for(state, prompts, panel)
+        del state  # its exact keys and values are not needed any more
+        with self._timed("decode"):
+            return self._score(cache, prompts, wanted, len(panel))
+
+    def _prefill_for(self, prompts: Sequence[Prompt], panel: Sequence[Policy], shared: int) -> PrefillState:
         watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
-        started = self._clock()
-        state = self.prefill([prompt.context for prompt in prompts], watched)
-        prefilled = self._clock()
+        return self.prefill([prompt.context for prompt in prompts], watched, shared)
+
+    def _compress_for(self, state: PrefillState, prompts: Sequence[Prompt], panel: Sequence[Policy]) -> CompressedCache:
         # a held-back last token belongs to the prompt; a hidden question is not known when budgets are fixed
         lengths = [p.tokens if len(p.question) == 1 else len(p.context) for p in prompts]
-        cache = self.compress(state, panel, torch.tensor(lengths), self._workspace)
-        del state  # its exact keys and values are not needed while decoding
-        compressed = self._clock()
-        answers = self._decode(cache, prompts, len(panel), max_new_tokens)
-        self.seconds.prefill += prefilled - started
-        self.seconds.compress += compressed - prefilled
-        self.seconds.decode += self._clock() - compressed
-        return answers
+        return self.compress(state, panel, torch.tensor(lengths), self._workspace)
 
     def _decode(
-        self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, max_new_tokens: int
+        self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, decoding: Decoding
     ) -> list[list[Generation]]:
         """Feed every row its question, then its own answer, one token a step, until all rows have ended."""
         rows = [(p, b) for p in range(policies) for b in range(len(prompts))]
         compressed_tokens = dict(zip(rows, (usage.compressed_tokens for usage in cache.usage()), strict=True))
         answers: dict[tuple[int, int], list[int]] = {row: [] for row in rows}
+        ends: dict[tuple[int, int], int | None] = dict.fromkeys(rows)
         ended = dict.fromkeys(rows, False)
         done: dict[tuple[int, int], Generation] = {}
         positions = torch.tensor([len(prompts[b].context) for _, b in rows])
         active = torch.ones(len(rows), dtype=torch.bool)
+        chooser = _Chooser(decoding, prompts, rows)
 
         def finish() -> None:
             for row, usage, going_on in zip(rows, cache.usage(), active.tolist(), strict=True):
                 if not going_on:
-                    done[row] = Generation(answers[row], ended[row], compressed_tokens[row], usage)
+                    done[row] = Generation(answers[row], ends[row], ended[row], compressed_tokens[row], usage)
 
         step = 0
         while active.any():
             fed = [self._fed(prompts[row[1]].question, answers[row], step) for row in rows]
-            chosen = self.step(cache, torch.tensor(fed), positions, active).argmax(dim=-1).tolist()
+            chosen = chooser(self.step(cache, torch.tensor(fed), positions, active), step).tolist()
             for i in active.nonzero().squeeze(1).tolist():
                 row = rows[i]
                 if step < len(prompts[row[1]].question) - 1:
                     continue  # the question goes on: what the model would have said does not matter
                 if chosen[i] in self.end_tokens:
-                    ended[row] = True
+                    ended[row], ends[row] = True, chosen[i]
                 else:
                     answers[row].append(chosen[i])
-                active[i] = not ended[row] and len(answers[row]) < max_new_tokens
+                    ended[row] = decoding.stop is not None and decoding.stop(answers[row])
+                active[i] = not ended[row] and len(answers[row]) < decoding.max_new_tokens
             positions = positions + 1
             step += 1
             if active.sum() <= len(rows) // 2:
                 finish()
-                cache.keep(active)
-                rows = [row for row, going_on in zip(rows, active.tolist(), strict=True) if going_on]
-                positions, active = positions[active], active[active]
+                going_on = active.nonzero().squeeze(1)
+                cache = cache.fork(going_on)
+                chooser.take(going_on)
+                rows = [rows[i] for i in going_on.tolist()]
+                positions, active = positions[going_on], active[going_on]
         return [[done[p, b] for b in range(len(prompts))] for p in range(policies)]
 
     def _fed(self, question: Sequence[int], answer: Sequence[int], step: int) -> int:
@@ -180,6 +298,89 @@ class Engine:
         if step < len(question):
             return question[step]
         return answer[-1] if answer else self.pad_token
+
+    def _score(
+        self,
+        cache: CompressedCache,
+        prompts: Sequence[Prompt],
+        wanted: Sequence[Sequence[Sequence[int]]],
+        policies: int,
+    ) -> list[list[Scores]]:
+        """Feed every row its question, then fork it for the continuations that have more than one token and feed these.
+
+        No row may wait for another's question (all rows of a cache grow together), so each length of question is a batch.
+        """
+        batch = len(prompts)
+        by_length: dict[int, list[int]] = {}
+        for b, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt.question), []).append(b)
+        if len(by_length) > 1:
+            merged: list[dict[int, Scores]] = [{} for _ in range(policies)]
+            for members in by_length.values():
+                rows = torch.arange(policies)[:, None] * batch + torch.tensor(members)
+                some, theirs = [prompts[b] for b in members], [wanted[b] for b in members]
+                for of_policy, scores in zip(
+                    merged, self._score(cache.fork(rows.flatten()), some, theirs, policies), strict=True
+                ):
+                    of_policy.update(zip(members, scores, strict=True))
+            return [[of_policy[b] for b in range(batch)] for of_policy in merged]
+        compressed_tokens = [usage.compressed_tokens for usage in cache.usage()]
+        logits = self._read_questions(cache, prompts, policies)
+        usages = cache.usage()
+        flat = [(b, tokens) for b, continuations in enumerate(wanted) for tokens in continuations]
+        tally = _Tally(policies, [tokens for _, tokens in flat])
+        owner = torch.tensor([b for b, _ in flat])
+        for some in torch.arange(len(flat)).split(_FORKS):
+            tally.add(logits.unflatten(0, (policies, batch))[:, owner[some].to(logits.device)], some, 0)
+        # the longest first: those of like length end together
+        longer = sorted((i for i, (_, tokens) in enumerate(flat) if len(tokens) > 1), key=lambda i: -len(flat[i][1]))
+        for start in range(0, len(longer), _FORKS):
+            self._feed_forks(cache, prompts, policies, torch.tensor(longer[start : start + _FORKS]), owner, tally)
+        scored = tally.result()
+        results = []
+        for p in range(policies):
+            per_prompt: list[list[Scored]] = [[] for _ in prompts]
+            for (b, _), one in zip(flat, scored[p], strict=True):
+                per_prompt[b].append(one)
+            mine = range(p * batch, (p + 1) * batch)
+            results.append([Scores(per_prompt[b], compressed_tokens[r], usages[r]) for b, r in enumerate(mine)])
+        return results
+
+    def _read_questions(self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int) -> Tensor:
+        """Feed all rows their questions, of one length. Returns the logits that follow, [R, vocabulary]."""
+        questions = torch.tensor([prompt.question for prompt in prompts]).repeat(policies, 1)
+        positions = torch.tensor([len(prompt.context) for prompt in prompts]).repeat(policies)
+        everyone = torch.ones(len(questions), dtype=torch.bool)
+        for step, fed in enumerate(questions.T):
+            logits = self.step(cache, fed, positions + step, everyone)
+        return logits
+
+    def _feed_forks(
+        self,
+        cache: CompressedCache,
+        prompts: Sequence[Prompt],
+        policies: int,
+        some: Tensor,
+        owner: Tensor,
+        tally: _Tally,
+    ) -> None:
+        """Feed continuations `some` (int64 [n], the longest first), each in a row of its own per policy."""
+        batch = len(prompts)
+        forked = cache.fork((torch.arange(policies)[:, None] * batch + owner[some]).flatten())
+        lengths = torch.tensor([len(tally.tokens[i]) for i in some.tolist()])
+        starts = torch.tensor([prompts[b].tokens for b in owner[some].tolist()])
+        for step in range(1, int(lengths[0])):
+            n = len(some)
+            active = step < lengths
+            going_on = int(active.sum())
+            if going_on <= n // 2:
+                forked = forked.fork((torch.arange(policies)[:, None] * n + torch.arange(going_on)).flatten())
+                some, lengths, starts, active, n = *(x[:going_on] for x in (some, lengths, starts, active)), going_on
+            fed = torch.tensor(
+                [tally.tokens[i][step - 1] if step < len(tally.tokens[i]) else self.pad_token for i in some.tolist()]
+            )
+            logits = self.step(forked, fed.repeat(policies), (starts + step - 1).repeat(policies), active.repeat(policies))
+            tally.add(logits.unflatten(0, (policies, n))[:, :going_on], some[:going_on], step)
 
     @torch.inference_mode()
     def step(self, cache: CompressedCache, tokens: Tensor, positions: Tensor, active: Tensor) -> Tensor:
@@ -202,7 +403,95 @@ class Engine:
         spent, self.seconds = self.seconds, Seconds()
         return spent
 
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = self._clock()
+        yield
+        setattr(self.seconds, phase, getattr(self.seconds, phase) + self._clock() - started)
+
     def _clock(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class _Chooser:
+    """Chooses the next token of each row; a row is a (policy, prompt)."""
+
+    def __init__(self, decoding: Decoding, prompts: Sequence[Prompt], rows: Sequence[tuple[int, int]]) -> None:
+        self._decoding = decoding
+        names = [_name([*prompt.context, *prompt.question]) * 1_000_003 + prompt.repeat for prompt in prompts]
+        self._names = torch.tensor([names[b] for _, b in rows])
+        self._prompts = [prompts[b] for _, b in rows]
+        self._reading = torch.tensor([len(prompt.question) - 1 for prompt in self._prompts])
+        self._seen: Tensor | None = None
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """The tokens that follow at a step, int64 [R]; of rows that are still reading their question: anything."""
+        decoding = self._decoding
+        place = step - self._reading  # in the answer
+        if decoding.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = torch.zeros_like(logits, dtype=torch.bool)
+                for row, prompt in enumerate(self._prompts):
+                    self._seen[row, [*prompt.context, *prompt.question]] = True
+            logits = penalized(logits, self._seen, decoding.repetition_penalty)
+        seed = 0 if decoding.sampling is None else decoding.sampling.seed
+        draws = uniform(self._names * 0x5851F42D4C957F2D + place * 0x2545F4914F6CDD1D + seed)
+        chosen = choose(logits, decoding.sampling, draws)
+        if self._seen is not None:
+            answering = (place >= 0).nonzero().squeeze(1).to(logits.device)
+            self._seen[answering, chosen[answering]] = True
+        return chosen
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with some rows (int64)."""
+        self._names = self._names[rows]
+        self._prompts = [self._prompts[i] for i in rows.tolist()]
+        self._reading = self._reading[rows]
+        if self._seen is not None:
+            self._seen = self._seen[rows.to(self._seen.device)]
+
+
+class _Tally:
+    """Adds up what is asked of continuations, token by token, for all policies; the first one is the others' twin."""
+
+    def __init__(self, policies: int, tokens: Sequence[Sequence[int]]) -> None:
+        self.tokens = tokens
+        shape = (policies, len(tokens))
+        self._logprob, self._greedy = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.bool)
+        self._kl, self._same = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+
+    def add(self, logits: Tensor, some: Tensor, step: int) -> None:
+        """Token `step` of continuations `some` (int64 [n]), predicted by logits [P, n, vocabulary]."""
+        target = torch.tensor([self.tokens[i][step] for i in some.tolist()], device=logits.device)
+        twin: Tensor | None = None
+        for p, mine in enumerate(logits):  # one policy at a time: vocabularies are large
+            log_probs = torch.log_softmax(mine.float(), dim=-1)
+            twin = log_probs if twin is None else twin
+            best = log_probs.argmax(dim=-1)
+            self._logprob[p, some] += log_probs.gather(-1, target[:, None]).squeeze(-1).double().cpu()
+            self._greedy[p, some] &= (best == target).cpu()
+            self._kl[p, some] += (twin.exp() * (twin - log_probs)).sum(dim=-1).double().cpu()
+            self._same[p, some] += (best == twin.argmax(dim=-1)).double().cpu()
+
+    def result(self) -> list[list[Scored]]:
+        """By policy and continuation."""
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        columns = zip(
+            self._logprob.tolist(),
+            self._greedy.tolist(),
+            (self._kl / lengths).clamp(min=0).tolist(),  # rounding can leave a KL just below 0
+            (self._same / lengths).tolist(),
+            ((self._logprob[0] - self._logprob) / lengths).tolist(),
+            strict=True,
+        )
+        return [
+            [Scored(logprob, greedy, Fidelity(*fidelity)) for logprob, greedy, *fidelity in zip(*of_policy, strict=True)]
+            for of_policy in columns
+        ]
+
+
+def _name(tokens: Sequence[int]) -> int:
+    """A number that names a token sequence."""
+    return zlib.crc32(array("q", tokens).tobytes())

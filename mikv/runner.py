@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mikv.decoding import Decoding
 from mikv.engine import READERS, Engine, Generation, Prompt
 from mikv.fingerprint import content_fingerprint, fingerprint
 from mikv.metrics.summary import summarize
@@ -195,7 +196,7 @@ def _generate(
 ) -> Iterator[tuple[Batch, list[list[Generation]]]]:
     """Answers of a batch; if memory runs out, of its halves, and so on down to single samples."""
     try:
-        answers = engine.generate([prompts[sample.doc_id] for sample, _ in batch], panel, max_new_tokens)
+        answers = engine.generate([prompts[sample.doc_id] for sample, _ in batch], panel, Decoding(max_new_tokens))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
 from mikv.config import compose
+from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 from mikv.models.load import load
 from mikv.policy import Policy
@@ -40,7 +41,7 @@ def main() -> None:
 
     def seconds(panel: Sequence[Policy]) -> float:
         started = time.perf_counter()
-        engine.generate(prompts, panel, run.task.max_new_tokens)
+        engine.generate(prompts, panel, Decoding(run.task.max_new_tokens))
         return time.perf_counter() - started
 
     seconds(run.panel)  # warm-up, of the largest case

@@ -15,6 +15,7 @@ import torch
 
 from mikv.attention.install import install
 from mikv.config import CONF, policy
+from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 from mikv.models.tiny import tiny_config, tiny_model
 from mikv.policy import Policy
@@ -58,7 +59,7 @@ def prompt(length: int, seed: int = 0, question: int = 1) -> Prompt:
 
 def answers(engine: Engine, prompts: Sequence[Prompt], panel: Sequence[Policy], steps: int = 8) -> list[list[list[int]]]:
     """Answer tokens by policy and prompt."""
-    return [[g.tokens for g in row] for row in engine.generate(prompts, panel, steps)]
+    return [[g.tokens for g in row] for row in engine.generate(prompts, panel, Decoding(steps))]
 
 
 def bits_everywhere(name: str, bits: int) -> Policy:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mikv.cache import prefill
 from mikv.config import policy
+from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 
 
@@ -23,14 +24,14 @@ def test_with_the_full_cache_a_hidden_question_changes_no_answer() -> None:
 def test_a_fixed_budget_is_a_share_of_the_prompt(question: int, wanted: int) -> None:
     """The held-back token belongs to the prompt; a hidden question is not known when the budget is fixed."""
     h2o = policy("h2o", {"keep": 0.3, "budget": "fixed"})
-    (got,) = engine().generate([prompt(40, question=question)], [h2o], 30)[0]
+    (got,) = engine().generate([prompt(40, question=question)], [h2o], Decoding(30))[0]
     assert got.usage.kept_tokens == wanted  # floor(0.3 * 40) of the prompt, floor(0.3 * 32) of the context
 
 
 def test_an_answer_ends_with_an_end_token_or_at_the_limit() -> None:
-    (free,) = engine().generate([prompt(20)], [policy("full")], 10)[0]
+    (free,) = engine().generate([prompt(20)], [policy("full")], Decoding(10))[0]
     assert (len(free.tokens), free.ended) == (10, False)
-    (ended,) = Engine(model(), {free.tokens[4]}, 257).generate([prompt(20)], [policy("full")], 10)[0]
+    (ended,) = Engine(model(), {free.tokens[4]}, 257).generate([prompt(20)], [policy("full")], Decoding(10))[0]
     assert ended.ended
     assert ended.tokens == free.tokens[: free.tokens.index(free.tokens[4])]
 

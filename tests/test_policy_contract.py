@@ -14,6 +14,7 @@ from conftest import NO_END, POLICIES, answers, bits_everywhere, engine, model, 
 
 from mikv.cache.compressed import Usage
 from mikv.config import policy
+from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 from mikv.policy import Policy, exact
 from mikv.types import Tier
@@ -78,25 +79,25 @@ def test_a_batch_is_its_rows_one_by_one(any_policy: Policy) -> None:
     """Left padding and batch mates change nothing: answers, bytes, tokens."""
     run = engine()
     prompts = [prompt(length, seed=length) for length in LENGTHS]
-    together = run.generate(prompts, [any_policy], 10)[0]
-    assert together == [run.generate([p], [any_policy], 10)[0][0] for p in prompts]
+    together = run.generate(prompts, [any_policy], Decoding(10))[0]
+    assert together == [run.generate([p], [any_policy], Decoding(10))[0][0] for p in prompts]
 
 
 def test_a_panel_is_its_policies_alone(any_policy: Policy) -> None:
     run = engine()
     panel = [policy(name) for name in POLICIES]
     prompts = [prompt(33, seed=1), prompt(21, seed=2)]
-    together = run.generate(prompts, panel, 10)
-    assert together[panel.index(any_policy)] == run.generate(prompts, [any_policy], 10)[0]
+    together = run.generate(prompts, panel, Decoding(10))
+    assert together[panel.index(any_policy)] == run.generate(prompts, [any_policy], Decoding(10))[0]
 
 
 def test_a_policy_after_another_is_the_policy_alone(any_policy: Policy) -> None:
     """No state is left behind: neither on the policy, nor on the prefill, nor in the engine's memory (trap T21)."""
     run, prompts = engine(), [prompt(33, seed=3)]
-    alone = engine().generate(prompts, [any_policy], 8)
+    alone = engine().generate(prompts, [any_policy], Decoding(8))
     for name in POLICIES:
-        run.generate([prompt(50, seed=4)], [policy(name)], 8)
-        assert run.generate(prompts, [any_policy], 8) == alone
+        run.generate([prompt(50, seed=4)], [policy(name)], Decoding(8))
+        assert run.generate(prompts, [any_policy], Decoding(8)) == alone
 
 
 def test_both_readers_give_the_same_numbers_bit_for_bit(any_policy: Policy) -> None:
@@ -178,8 +179,8 @@ def test_bytes_are_counted_from_the_tensors_that_are_stored(any_policy: Policy) 
 
 def test_room_for_a_longer_answer_is_no_bytes(any_policy: Policy) -> None:
     """Provisioned length is not occupied length (trap T9)."""
-    limited = engine().generate([prompt(30)], [any_policy], 4)[0][0]
-    roomy = Engine(model(), {limited.tokens[3]}, 257).generate([prompt(30)], [any_policy], 200)[0][0]
+    limited = engine().generate([prompt(30)], [any_policy], Decoding(4))[0][0]
+    roomy = Engine(model(), {limited.tokens[3]}, 257).generate([prompt(30)], [any_policy], Decoding(200))[0][0]
     assert roomy.tokens == limited.tokens[:3]
     assert roomy.usage == limited.usage
 
@@ -241,14 +242,14 @@ def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Polic
     """Ragged questions of a batch give what each gives alone."""
     run = engine()
     prompts = [prompt(40, seed=1, question=9), prompt(25, seed=2, question=3), prompt(12, seed=3, question=12)]
-    together = run.generate(prompts, [any_policy], 6)[0]
-    assert together == [run.generate([p], [any_policy], 6)[0][0] for p in prompts]
+    together = run.generate(prompts, [any_policy], Decoding(6))[0]
+    assert together == [run.generate([p], [any_policy], Decoding(6))[0][0] for p in prompts]
     assert together[2].compressed_tokens == 0  # nothing was there to be compressed
 
 
 def test_an_empty_context_decodes_from_nothing(any_policy: Policy) -> None:
     """A prompt of one token: the cache is empty when it is compressed, and serves all the same."""
-    got = engine().generate([Prompt([], [7])], [any_policy], 30)[0][0]
+    got = engine().generate([Prompt([], [7])], [any_policy], Decoding(30))[0][0]
     assert len(got.tokens) == 30
     assert got.compressed_tokens == 0
     assert got.usage.seen_tokens == 30

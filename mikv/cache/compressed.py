@@ -12,6 +12,7 @@ A pair is exact in the step that computes it, as in prefill; the store has it fr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Workspace:
 
 
 class CompressedCache(Cache):
-    """Rows are policy-major: row p * B + b is prompt b under policy p, until `keep` drops some.
+    """Rows are policy-major: row p * B + b is prompt b under policy p, until `fork` chooses others.
 
     Args:
         state: the prefill of the B prompts; may be empty (no real token in any row).
@@ -88,9 +89,8 @@ class CompressedCache(Cache):
                 "positions=original"
             )
         workspace = Workspace() if workspace is None else workspace
-        self.banks = [_Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace) for bank in state.banks]
-        layers = [_CompressedLayer(bank, i) for bank in self.banks for i in range(len(bank.layers))]
-        super().__init__(layers=layers)
+        super().__init__(layers=[])
+        self._hold([_Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace) for bank in state.banks])
 
     def end_step(self, active: Tensor) -> None:
         """Call after each forward pass: the new token enters the stores, scores grow, tokens are demoted.
@@ -100,10 +100,19 @@ class CompressedCache(Cache):
         for bank in self.banks:
             bank.end_step(active)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but some (bool [R], CPU): those that have ended need no more time and memory."""
-        for bank in self.banks:
-            bank.keep(rows)
+    def fork(self, rows: Tensor) -> CompressedCache:
+        """A cache of its own with some of the rows (int64, CPU; those of one policy together, policies in order).
+
+        Rows that have ended are left out, and need no more time and memory. A row may come several times: continuations of
+        one context share its prefill, its compression and its question.
+        """
+        forked = copy.copy(self)
+        forked._hold([bank.fork(rows) for bank in self.banks])
+        return forked
+
+    def _hold(self, banks: list[_Bank]) -> None:
+        self.banks = banks
+        self.layers = [_CompressedLayer(bank, i) for bank in banks for i in range(len(bank.layers))]
 
     def usage(self) -> list[Usage]:
         """What each row holds now."""
@@ -192,18 +201,20 @@ class _Bank:
                 for change in changes:
                     self.working.apply(rows, change, padding)
 
-    def keep(self, rows: Tensor) -> None:
-        kept = []
+    def fork(self, rows: Tensor) -> _Bank:
+        forked = copy.copy(self)
+        forked.mass = []
+        forked.stores = []
         for store, mine in self.rows():
-            if rows[mine].any():
-                store.select(rows[mine])
-                kept.append(store)
-        self.stores = kept
-        self.padding = self.padding[rows]
+            local = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
+            if len(local):
+                forked.stores.append(store.fork(local))
+        forked.padding = self.padding[rows]
         there = rows.to(self.keys.device)
-        self.keys, self.values = self.keys[:, there], self.values[:, there]
+        forked.keys, forked.values = self.keys[:, there], self.values[:, there]
         if self.working is not None:
-            self.working.select(there)
+            forked.working = self.working.select(there)
+        return forked
 
     def _dense(self, layers: int) -> _Dense:
         _, rows, heads, dim = self.keys.shape
@@ -243,9 +254,12 @@ class _Dense:
         self.values = _extend(self.values, more)
         self.present = _extend(self.present, more)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only some rows (bool [R])."""
-        self.keys, self.values, self.present = self.keys[:, rows], self.values[:, rows], self.present[:, rows]
+    def select(self, rows: Tensor) -> _Dense:
+        """A copy of its own with some of the rows (int64)."""
+        selected = copy.copy(self)
+        selected.keys, selected.values = self.keys[:, rows], self.values[:, rows]
+        selected.present = self.present[:, rows]
+        return selected
 
     def write_newest(self, layer: int, column: int, keys: Tensor, values: Tensor) -> None:
         """The pair of the step under way: [R, H, D]."""

@@ -8,6 +8,7 @@ INT2) is quantized from what that tier still knows of it, at most once per tier.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -183,14 +184,15 @@ class PolicyStore:
     def _budget_lengths(self) -> Tensor:
         return self.seen if self.policy.budget == "ratio" else self._prompt_lengths
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only some rows (bool [B], CPU)."""
+    def fork(self, rows: Tensor) -> PolicyStore:
+        """A store of its own with some of the rows (int64, CPU; one may come several times)."""
+        forked = copy.copy(self)
         there = rows.to(self._layers.device)
-        for tier in self.tiers:
-            tier.select(rows)
-        self.seen, self._prompt_lengths, self._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
+        forked.tiers = [tier.fork(rows) for tier in self.tiers]
+        forked.seen, forked._prompt_lengths, forked._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
         if self.balancer is not None:
-            self.balancer = self.balancer[:, there]
+            forked.balancer = self.balancer[:, there]
+        return forked
 
     def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values

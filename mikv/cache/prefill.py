@@ -51,12 +51,16 @@ class PrefillState:
 class PrefillCache(Cache):
     """Collects a PrefillState during one forward pass of the model over a left-padded batch.
 
+    With a `prefix` the pass is fed only what follows it: few-shot prompts share most of their tokens, and these are
+    prefilled once. The result is that of the whole prompts (up to rounding: other matrix shapes).
+
     Args:
         geometry: of the model.
         devices: where each layer lives.
         dtype: of keys and values.
-        lengths: of the batch.
+        lengths: of the whole prompts, the prefix included.
         observers: what must be watched.
+        prefix: prefill of one row (watched by the same observers) that all prompts begin with; each is longer than it.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class PrefillCache(Cache):
         dtype: torch.dtype,
         lengths: Lengths,
         observers: Sequence[Observer],
+        prefix: PrefillState | None = None,
     ) -> None:
         self._geometry, self._dtype, self._lengths = geometry, dtype, lengths
-        self._collecting = []
+        self._collecting: list[_CollectingBank] = []
         layers: list[_PrefillLayer] = []
         for device, indices in groupby(range(geometry.layers), key=lambda layer: devices[layer]):
-            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers)
+            before = None if prefix is None else prefix.banks[len(self._collecting)]
+            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers, before)
             self._collecting.append(bank)
             layers += [_PrefillLayer(bank, i) for i in range(len(bank.layers))]
         super().__init__(layers=layers)
@@ -91,6 +97,7 @@ class _CollectingBank:
         dtype: torch.dtype,
         lengths: Lengths,
         observers: Sequence[Observer],
+        prefix: PrefillBank | None,
     ) -> None:
         self.layers = torch.tensor(layers, device=device)
         batch, heads, dim = len(lengths.tokens), geometry.kv_heads, geometry.head_dim
@@ -102,9 +109,28 @@ class _CollectingBank:
         self.real = lengths.positions(device) >= 0
         geometry = geometry._replace(layers=len(layers))
         self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
+        self.prefix, self.shared = prefix, 0
+        if prefix is not None:
+            self.shared = prefix.keys.shape[3]
+            self._padding = lengths.padding.tolist()
+            self.query_absmax += prefix.query_absmax
+            self._place(prefix.keys, self.keys)
+            self._place(prefix.values, self.values)
+        # columns that the pass is fed; in rows with padding the first of them belong to the prefix
+        self.fed = lengths.positions(device)[:, self.shared :] >= self.shared
+
+    def _place(self, prefix: Tensor, whole: Tensor) -> None:
+        """Copy [L, 1, H, T0, ...] of the prefix to where it lies in each row of [L, B, H, T, ...]."""
+        for row, padding in enumerate(self._padding):
+            whole[:, row, :, padding : padding + self.shared] = prefix[:, 0]
 
     def finish(self) -> PrefillBank:
         observed = {observer: state.result() for observer, state in self.watching.items()}
+        if self.prefix is not None:
+            for observer, after in observed.items():
+                before = torch.zeros_like(after)
+                self._place(self.prefix.observed[observer], before)
+                observed[observer] = observer.combine(before, after)
         return PrefillBank(self.layers, self.keys, self.values, self.query_absmax, self.key_absmax, observed)
 
 
@@ -116,18 +142,20 @@ class _PrefillLayer(CacheLayerMixin):
     def __init__(self, bank: _CollectingBank, index: int) -> None:
         super().__init__()
         self._bank, self._index = bank, index
-        self._seen = 0
+        self._seen = bank.shared
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self._seen or key_states.shape[2] != self._bank.keys.shape[3]:
-            raise RuntimeError("a PrefillCache takes the whole prompt in one forward pass")
+        bank = self._bank
+        if self._seen != bank.shared or bank.shared + key_states.shape[2] != bank.keys.shape[3]:
+            raise RuntimeError("a PrefillCache takes all that follows the prefix in one forward pass")
         self.lazy_initialization(key_states, value_states)
-        self._seen = key_states.shape[2]
-        self._bank.keys[self._index] = key_states
-        self._bank.values[self._index] = value_states
+        self._seen += key_states.shape[2]
+        for whole, fed in ((bank.keys, key_states), (bank.values, value_states)):
+            place = whole[self._index, :, :, bank.shared :]
+            place.copy_(fed if bank.prefix is None else torch.where(bank.fed[:, None, :, None], fed, place))
         return self, self
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -135,11 +163,12 @@ class _PrefillLayer(CacheLayerMixin):
         bank, layer = self._bank, self._index
         key, value = bank.keys[layer], bank.values[layer]
         bank.key_absmax[layer] = _absmax(key, bank.real)
-        per_query_head = _absmax(query, bank.real)
-        bank.query_absmax[layer] = per_query_head.unflatten(1, (key.shape[1], -1)).amax(dim=2)
+        per_query_head = _absmax(query, bank.fed).unflatten(1, (key.shape[1], -1)).amax(dim=2)
+        bank.query_absmax[layer] = torch.maximum(bank.query_absmax[layer], per_query_head)
 
         def watch(probs: Tensor, first: int) -> None:
-            real_queries = bank.real[:, first : first + probs.shape[3]]
+            start = first - bank.shared
+            real_queries = bank.fed[:, start : start + probs.shape[3]]
             for state in bank.watching.values():
                 state.block(layer, probs, first, real_queries)
 

@@ -3,6 +3,7 @@ belongs to them. This is what a compressed cache really holds; bytes are counted
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -138,13 +139,15 @@ class TierStore:
         scores = one_slot["scores"].flatten(2) if self._with_scores else None
         return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only some rows (bool [B], CPU)."""
+    def fork(self, rows: Tensor) -> TierStore:
+        """A store of its own with some of the rows (int64, CPU; one may come several times)."""
+        forked = copy.copy(self)
         there = rows.to(next(iter(self.parts.values())).device)
-        self.parts = {name: part[:, there] for name, part in self.parts.items()}
-        self.count = self.count[rows]
+        forked.parts = {name: part[:, there] for name, part in self.parts.items()}
+        forked.count = self.count[rows]
         if self._balancer is not None:
-            self._balancer = self._balancer[:, there]
+            forked._balancer = self._balancer[:, there]
+        return forked
 
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""

@@ -33,6 +33,11 @@ class Observer(Protocol):
 
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> ObserverState: ...
 
+    def combine(self, before: Tensor, after: Tensor) -> Tensor:
+        """What a prompt's queries showed, from what those of a shared prefix did (0 outside of its columns) and those after
+        it: float32 [L, B, H, T] each."""
+        ...
+
 
 class Importance(Protocol):
     """Scores in, higher = keep. Frozen dataclasses; everything that changes lives in the tensors passed around."""

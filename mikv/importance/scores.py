@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mikv.importance.base import Observer
+from mikv.randomness import uniform
 from mikv.types import Geometry, Lengths
 
 
@@ -17,6 +18,9 @@ class ColumnSums:
 
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> _ColumnSumsState:
         return _ColumnSumsState(geometry, lengths, device)
+
+    def combine(self, before: Tensor, after: Tensor) -> Tensor:
+        return before + after
 
 
 class _ColumnSumsState:
@@ -75,12 +79,9 @@ class Noise:
         return scores
 
     def _uniform(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int, head_dim: int = -2) -> Tensor:
-        """Numbers in [0, 1), by splitmix64's finalizer over the combined counters (int64 arithmetic wraps)."""
+        """Numbers in [0, 1) of the combined counters."""
         head = torch.arange(heads, device=positions.device)
         head = head if head_dim == -1 else head[:, None]
         x = rows * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD
         x = x + positions * 0x2545F4914F6CDD1D + self.seed
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-            x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes the shift a logical one
-        x = x ^ ((x >> 31) & (2**33 - 1))
-        return ((x >> 40) & (2**24 - 1)).to(torch.float32) / 2**24
+        return ((uniform(x) * 2**24).floor() / 2**24).to(torch.float32)  # what float32 holds exactly

@@ -203,7 +203,7 @@ def test_original_and_contiguous_differ_only_after_eviction() -> None:
 
 
 def test_dropped_rows_leave_the_others_as_they_were() -> None:
-    """`keep` removes rows from the middle of a panel; the rest decodes on, bit for bit."""
+    """A fork without rows from the middle of a panel decodes on like the whole."""
     run = engine()
     panel = [policy("full"), policy("mikv"), policy("streaming_llm"), policy("h2o")]
     contexts = [tokens(25), tokens(31, seed=1), tokens(12, seed=2)]
@@ -215,7 +215,7 @@ def test_dropped_rows_leave_the_others_as_they_were() -> None:
     fed = torch.arange(12)
     run.step(whole, fed, positions, everyone)
     run.step(cut, fed, positions, everyone)
-    cut.keep(rows)
+    cut = cut.fork(rows.nonzero().squeeze(1))
     for step in range(6):
         positions = positions + 1
         reference = run.step(whole, fed + step, positions, everyone)[rows]

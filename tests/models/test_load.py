@@ -14,6 +14,7 @@ import torch
 from conftest import NO_END, model, prompt
 
 from mikv.config import policy
+from mikv.decoding import Decoding
 from mikv.engine import Engine
 from mikv.models import load as loading
 from mikv.models.architecture import Unsupported, geometry
@@ -35,7 +36,7 @@ def save(folder: Path, seed: int = 0, **shape: Any) -> Path:
 
 def answer(loaded: loading.Loaded) -> list[int]:
     engine = Engine(loaded.model, NO_END, 257, "working")
-    return engine.generate([prompt(20)], [policy("full")], 8)[0][0].tokens
+    return engine.generate([prompt(20)], [policy("full")], Decoding(8))[0][0].tokens
 
 
 # --- what a spec refuses ---
