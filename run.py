@@ -26,6 +26,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
+    from mikv.batches import OutOfMemory
     from mikv.config import build
     from mikv.models.architecture import Unsupported
     from mikv.models.load import ModelUnavailable
@@ -34,7 +35,7 @@ def main(config: DictConfig) -> None:
 
     try:
         execute(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
-    except (ValueError, FileNotFoundError, ModelUnavailable, RecordError, RunError, Unsupported) as error:
+    except (ValueError, FileNotFoundError, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported) as error:
         if os.environ.get("MIKV_DEBUG"):
             raise
         print(f"\nerror: {error}", file=sys.stderr)

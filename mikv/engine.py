@@ -79,8 +79,9 @@ class Fidelity(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One continuation: the sum of its tokens' log-probabilities, whether each was the most probable token."""
+    """One continuation: how many tokens, the sum of their log-probabilities, whether each was the most probable one."""
 
+    tokens: int
     logprob: float
     greedy: bool
     fidelity: Fidelity
@@ -477,7 +478,8 @@ class _Tally:
 
     def result(self) -> list[list[Scored]]:
         """By policy and continuation."""
-        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        counts = [len(tokens) for tokens in self.tokens]
+        lengths = torch.tensor(counts)
         columns = zip(
             self._logprob.tolist(),
             self._greedy.tolist(),
@@ -487,7 +489,7 @@ class _Tally:
             strict=True,
         )
         return [
-            [Scored(logprob, greedy, Fidelity(*fidelity)) for logprob, greedy, *fidelity in zip(*of_policy, strict=True)]
+            [Scored(n, logprob, greedy, Fidelity(*rest)) for n, logprob, greedy, *rest in zip(counts, *of_policy, strict=True)]
             for of_policy in columns
         ]
 

@@ -26,23 +26,27 @@ def curve(ax: Any, rows: Sequence[Row]) -> Any:
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size_percent"])
         colour, marker = _STYLE.get(name, _OTHER)
-        low, high = zip(*(row["ci95"] for row in mine), strict=True)
         value = [row["value"] for row in mine]
+        bounds = [row["ci95"] or (row["value"], row["value"]) for row in mine]
         ax.errorbar(
             [row["size_percent"] for row in mine],
             value,
             yerr=[
-                [v - lower for v, lower in zip(value, low, strict=True)],
-                [upper - v for v, upper in zip(value, high, strict=True)],
+                [v - low for v, (low, _) in zip(value, bounds, strict=True)],
+                [high - v for v, (_, high) in zip(value, bounds, strict=True)],
             ],
             fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, capsize=2, markersize=7, label=name, alpha=0.9,
         )  # fmt: skip
     ax.set_xlabel("cache size, % of the 16-bit cache (bytes counted from stored tensors)")
-    ax.set_ylabel(f"{rows[0]['metric']} (bars: 95 % interval)")
+    better = ", lower is better" if rows[0]["lower_is_better"] else ""
+    ax.set_ylabel(f"{rows[0]['metric']}{better} (bars: 95 % interval)")
     ax.set_xlim(0, 108)
-    ax.set_ylim(-0.04, 1.12)
+    if all(0 <= row["value"] <= 1 for row in rows) and not rows[0]["lower_is_better"]:
+        ax.set_ylim(-0.04, 1.12)
+    else:
+        ax.margins(y=0.15)
     ax.grid(True, linewidth=0.3)
-    ax.legend(loc="lower right", frameon=True, fontsize=8)
+    ax.legend(loc="upper right" if rows[0]["lower_is_better"] else "lower right", frameon=True, fontsize=8)
     _annotate(ax, rows)  # last: it needs the final limits
     return ax
 
@@ -52,10 +56,12 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     from adjustText import adjust_text
 
     texts = []
+    low, high = ax.get_ylim()
+    above = 0.02 * (high - low)
     for row in rows:
         short = row["label"].replace(row["policy"], "").strip() or row["policy"]
         colour = _STYLE.get(row["policy"], _OTHER)[0]
-        texts.append(ax.text(row["size_percent"] + 1, row["value"] + 0.02, short, fontsize=7, color=colour))
+        texts.append(ax.text(row["size_percent"] + 1, row["value"] + above, short, fontsize=7, color=colour))
     adjust_text(
         texts,
         x=[row["size_percent"] for row in rows],

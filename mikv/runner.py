@@ -1,19 +1,17 @@
-"""Run a panel of policies on a task: samples -> batches -> engine -> records -> summary, table and plot."""
+"""Run a panel of policies on a task: units of work -> batches -> engine -> records -> summary, table and plot."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mikv.decoding import Decoding
-from mikv.engine import READERS, Engine, Generation, Prompt
+from mikv.batches import Request, Response, serve
+from mikv.engine import READERS, Engine
 from mikv.fingerprint import content_fingerprint, fingerprint
 from mikv.metrics.summary import summarize
 from mikv.models.architecture import geometry
@@ -22,11 +20,10 @@ from mikv.plots import save_curve
 from mikv.policy import Policy, check_choice
 from mikv.records import Row, RunFolder
 from mikv.table import print_table
-from mikv.tasks.base import Sample, Task
-from mikv.tasks.prompting import QUESTION, encode
-
-# What a machine that has run out of memory says, by device. Torch has an exception of its own for GPUs only.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+from mikv.tasks.base import Task
+from mikv.tasks.prompting import QUESTION
+from mikv.work.base import Encoded, Openable, Unit, Work
+from mikv.work.generation import GenerationWork
 
 
 class RunError(RuntimeError):
@@ -41,11 +38,12 @@ class Run:
         model: which model.
         panel: policies, `full` first; labels are unique.
         task: what is asked.
-        limit: number of samples.
+        limit: number of samples (of each subtask); None = all that there are.
         question: visible or hidden, see mikv.engine.
         batch_size: prompts at a time; each brings a row per policy. Changes speed and memory, not answers.
         seed: of the samples.
         reader: how the compressed cache is read, see mikv.cache.compressed.
+        fidelity: feed the full twin's own answers through each policy's cache (scored continuations always are).
         name: folder name; None = made from model, task, panel and the hash of what is asked.
         out: folder of all runs.
         title: name of the panel or policy, for the folder's name.
@@ -54,12 +52,13 @@ class Run:
 
     model: ModelSpec
     panel: tuple[Policy, ...]
-    task: Task
-    limit: int
+    task: Task | Openable
+    limit: int | None
     question: str = "visible"
     batch_size: int = 4
     seed: int = 0
     reader: str = "working"
+    fidelity: bool = True
     name: str | None = None
     out: Path = Path("results/runs")
     title: str = "panel"
@@ -69,7 +68,7 @@ class Run:
         check_choice("protocol.question", self.question, QUESTION)
         check_choice("reader", self.reader, READERS)
         for name, value in (("task.limit", self.limit), ("batch_size", self.batch_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: at least 1")
         labels = [policy.label for policy in self.panel]
         twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -89,23 +88,33 @@ class Run:
                 "dtype": str(self.model.resolve_dtype()).removeprefix("torch."),
             },
             "task": task_identity(self.task),
-            "protocol": {"question": self.question},
+            "protocol": {"question": self.question, "fidelity": self.fidelity},
             "seed": self.seed,
         }
 
-    def key(self, policy: Policy, doc_id: int) -> str:
-        """Key of one policy's answer to one sample."""
-        return fingerprint({**self.identity, "policy": policy_identity(policy), "doc_id": doc_id})
+    def key(self, policy: Policy, unit: Unit) -> str:
+        """Key of one policy's answer to one unit."""
+        which = {name: value for name, value in dataclasses.asdict(unit).items() if value is not None}
+        return fingerprint({**self.identity, "policy": policy_identity(policy), **which})
+
+    def open(self) -> Work:
+        """Find the task's data and make its units."""
+        if isinstance(self.task, Openable):
+            return self.task.open(self.model, self.limit, self.seed, self.question)
+        return GenerationWork(self.task, self.limit, self.seed, self.question)
 
     def folder(self) -> Path:
         if self.name is not None:
             return self.out / self.name
-        asked = {**self.identity, "limit": self.limit, "panel": [policy_identity(p) for p in self.panel]}
+        scope = {"limit": self.limit, **(self.task.scope() if isinstance(self.task, Openable) else {})}
+        asked = {**self.identity, **scope, "panel": [policy_identity(p) for p in self.panel]}
         return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
 
 
-def task_identity(task: Task) -> dict[str, Any]:
+def task_identity(task: Task | Openable) -> dict[str, Any]:
     """Name, version and parameters. A file is what it holds, not where it lies."""
+    if isinstance(task, Openable):
+        return dict(task.identity())
     parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
     for name, value in parameters.items():
         if isinstance(value, str) and Path(value).is_file():
@@ -133,140 +142,135 @@ def execute(run: Run) -> list[Row]:
     Raises:
         RunError, ModelUnavailable, RecordError, ValueError: before long work starts where that is possible.
     """
-    samples = run.task.samples(run.limit, run.seed)
-    if not samples:
+    work = run.open()
+    units = work.units()
+    if not units:
         raise RunError(f"the task {run.task.name} has no samples")
     with RunFolder(run.folder(), run.identity, run.config) as records:
         done = records.samples()
-        todo = [(sample, missing) for sample in samples if (missing := _missing(run, sample, done))]
+        todo = _missing(run, units, done)
+        left = sum(map(len, todo.values()))
         if not todo:
-            print(f"{records.path}: all {len(samples)} samples are done already")
-        elif len(todo) < len(samples):
-            print(f"{records.path}: going on, {len(samples) - len(todo)} of {len(samples)} samples are done")
+            print(f"{records.path}: all {len(units)} samples are done already")
+        elif left < len(units):
+            print(f"{records.path}: going on, {len(units) - left} of {len(units)} samples are done")
         if todo:
-            _answer(run, todo, records, done)
-        summary = _summarize(run, samples, done)
+            _answer(run, work, todo, records, done)
+        summary = _summarize(run, work, units, done)
         file = records.write_summary(summary)
-    print_table(summary, run.task.flags)
+    print_table(summary, work.flags)
     plot = save_curve(file.with_name("curve.png"), summary)
     print(f"plot     {plot}\nrecords  {file.with_name('samples.jsonl')}\nsummary  {file}")
     _check_exercised(run, summary)
     return summary
 
 
-def _missing(run: Run, sample: Sample, done: dict[str, Row]) -> list[Policy]:
-    return [policy for policy in run.panel if run.key(policy, sample.doc_id) not in done]
+def _missing(run: Run, units: Sequence[Unit], done: dict[str, Row]) -> dict[tuple[Policy, ...], list[Unit]]:
+    """Units that are not done, by the policies that they lack: usually all of the panel."""
+    missing: dict[tuple[Policy, ...], list[Unit]] = {}
+    for unit in units:
+        lacks = tuple(policy for policy in run.panel if run.key(policy, unit) not in done)
+        if lacks:
+            missing.setdefault(lacks, []).append(unit)
+    return missing
 
 
-def _answer(run: Run, todo: Sequence[tuple[Sample, list[Policy]]], records: RunFolder, done: dict[str, Row]) -> None:
+def _answer(run: Run, work: Work, todo: dict[tuple[Policy, ...], list[Unit]], records: RunFolder, done: dict[str, Row]) -> None:
     """Compute what is missing, batch by batch; `done` grows as the records do."""
     from tqdm import tqdm
 
     loaded = load(run.model)
-    prompts = {sample.doc_id: Prompt(*encode(loaded.tokenizer, sample, run.question)) for sample, _ in todo}
-    _check_lengths(run, loaded, list(prompts.values()))
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
-    with tqdm(total=len(todo), desc=f"{run.model.name} {run.task.name}", unit="sample") as progress:
-        for batch in _batches(todo, run.batch_size):
-            # policies that some sample of the batch lacks: after an interruption usually all of them
-            panel = [p for p in run.panel if any(p in missing for _, missing in batch)]
-            for answered, answers in _generate(engine, batch, prompts, panel, run.task.max_new_tokens):
-                shared = {phase: spent / len(answered) for phase, spent in dataclasses.asdict(engine.take_seconds()).items()}
+    encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
+    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample") as progress:
+        for lacking, units in todo.items():
+            # the twin comes first, whether its own records are there or not: fidelity is measured against it
+            panel = [run.panel[0], *(policy for policy in lacking if policy != run.panel[0])]
+            for unit, responses, seconds in _serve(run, engine, units, encoded, panel):
                 rows = [
-                    _row(run, policy, sample, loaded, prompts[sample.doc_id], answer) | {"seconds": shared}
-                    for policy, per_sample in zip(panel, answers, strict=True)
-                    for (sample, missing), answer in zip(answered, per_sample, strict=True)
-                    if policy in missing
+                    _row(run, policy, unit, loaded, encoded[unit], mine) | outcome | {"seconds": seconds}
+                    for policy, mine, outcome in zip(panel, responses, work.outcomes(unit, responses), strict=True)
+                    if policy in lacking
                 ]
                 records.append(rows)
                 done.update((row["key"], row) for row in rows)
-                progress.update(len(answered))
+                progress.update()
 
 
-Batch = Sequence[tuple[Sample, list[Policy]]]
+def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict[Unit, Encoded]:
+    """All requests, before the first one is served: what does not fit the model is said at once."""
+    from tqdm import tqdm
+
+    encoded: dict[Unit, Encoded] = {}
+    refused: list[ValueError] = []
+    for unit in tqdm(units, desc="tokens", unit="sample", leave=False, delay=2):
+        try:
+            encoded[unit] = work.encode(unit, loaded)
+        except ValueError as error:
+            refused.append(error)
+    if refused:
+        raise RunError(f"{len(refused)} of {len(units)} samples can't be asked of {run.model.name}: {refused[0]}")
+    return encoded
 
 
-def _batches(todo: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, len(todo), size):
-        yield todo[start : start + size]
+def _serve(
+    run: Run, engine: Engine, units: Sequence[Unit], encoded: dict[Unit, Encoded], panel: Sequence[Policy]
+) -> Iterator[tuple[Unit, list[list[Response]], dict[str, float]]]:
+    """Units as they get done: their responses by policy and request, and their share of the time."""
+    requests: list[Request] = []
+    owner: list[Unit] = []
+    first: dict[Unit, int] = {}
+    for unit in units:
+        first[unit] = len(requests)
+        requests += encoded[unit].requests
+        owner += [unit] * len(encoded[unit].requests)
+    responses: dict[Unit, dict[int, list[Response]]] = {unit: {} for unit in units}
+    seconds: dict[Unit, Counter[str]] = {unit: Counter() for unit in units}
+    for served in serve(engine, requests, panel, run.batch_size, run.fidelity):
+        for index, by_policy in served.responses.items():
+            unit = owner[index]
+            responses[unit][index - first[unit]] = by_policy
+            for phase, spent in dataclasses.asdict(served.seconds).items():
+                seconds[unit][phase] += spent / len(served.responses)
+            if len(responses[unit]) == len(encoded[unit].requests):
+                mine = responses.pop(unit)
+                yield unit, [[mine[i][p] for i in range(len(mine))] for p in range(len(panel))], dict(seconds.pop(unit))
 
 
-def _generate(
-    engine: Engine, batch: Batch, prompts: dict[int, Prompt], panel: Sequence[Policy], max_new_tokens: int
-) -> Iterator[tuple[Batch, list[list[Generation]]]]:
-    """Answers of a batch; if memory runs out, of its halves, and so on down to single samples."""
-    try:
-        answers = engine.generate([prompts[sample.doc_id] for sample, _ in batch], panel, Decoding(max_new_tokens))
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if len(batch) == 1:
-            raise RunError(
-                f"out of memory with a single sample of {prompts[batch[0][0].doc_id].tokens} tokens and {len(panel)} "
-                "policies. Finished samples are kept. Ways out: a smaller panel, reader=packed (no dense working copy), "
-                "shorter prompts, a larger machine."
-            ) from error
-        answers = None
-    if answers is not None:
-        yield batch, answers
-        return
-    gc.collect()  # the failed attempt's tensors hang on the traceback until here
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    print(f"out of memory with {len(batch)} samples at a time; trying {(len(batch) + 1) // 2}")
-    for half in _batches(batch, (len(batch) + 1) // 2):
-        yield from _generate(engine, half, prompts, panel, max_new_tokens)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
-
-
-def _check_lengths(run: Run, loaded: Loaded, prompts: Sequence[Prompt]) -> None:
-    too_long = [p.tokens for p in prompts if p.tokens + run.task.max_new_tokens > loaded.max_tokens]
-    if too_long:
-        raise RunError(
-            f"{len(too_long)} of {len(prompts)} prompts do not fit {run.model.name}: the longest has {max(too_long)} "
-            f"tokens, plus {run.task.max_new_tokens} for the answer, and the limit is {loaded.max_tokens}. Choose shorter "
-            "prompts (task.lines=...) or a model with a longer context; cutting a prompt would remove what is asked for."
-        )
-
-
-def _row(run: Run, policy: Policy, sample: Sample, loaded: Loaded, prompt: Prompt, generation: Generation) -> Row:
-    answer = loaded.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
-    head_dim = geometry(loaded.model.config).head_dim
+def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded, responses: Sequence[Response]) -> Row:
+    """What every record has. Of a unit with several prompts (windows of a document), bytes and tokens in
+    the cache are sums, prompt_tokens is the longest one's."""
+    nbytes: Counter[str] = Counter()
+    for response in responses:
+        nbytes.update(response.usage.nbytes)
     return {
-        "key": run.key(policy, sample.doc_id),
+        "key": run.key(policy, unit),
         "policy": policy.name,
         "label": policy.label,
         "model": run.model.name,
         "task": run.task.name,
         "question": run.question,
-        "doc_id": sample.doc_id,
-        "answer": answer,
-        "target": sample.target,
-        **run.task.score(sample, answer),
-        "prompt_tokens": prompt.tokens,
-        "answer_tokens": len(generation.tokens),
-        "ended": generation.ended,
-        "compressed_tokens": generation.compressed_tokens,
-        "kept_tokens": generation.usage.kept_tokens,
-        "seen_tokens": generation.usage.seen_tokens,
-        "nbytes": generation.usage.nbytes,
-        "full_nbytes": generation.usage.full_nbytes,
-        "head_dim": head_dim,
+        "sample": unit.name,
+        "subtask": unit.subtask,
+        "doc_id": unit.doc_id,
+        "prompt_tokens": max(request.prompt.tokens for request in encoded.requests),
+        "cut_tokens": encoded.cut_tokens,
+        "compressed_tokens": sum(response.compressed_tokens for response in responses),
+        "kept_tokens": sum(response.usage.kept_tokens for response in responses),
+        "seen_tokens": sum(response.usage.seen_tokens for response in responses),
+        "nbytes": dict(nbytes),
+        "full_nbytes": sum(response.usage.full_nbytes for response in responses),
+        "head_dim": geometry(loaded.model.config).head_dim,
         "reader": run.reader,
     }
 
 
-def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row]) -> list[Row]:
-    rows = {policy: [done[run.key(policy, sample.doc_id)] for sample in samples] for policy in run.panel}
-    full = next((rows[policy] for policy in run.panel if policy.name == "full"), None)
-    twins = None if full is None else {row["doc_id"]: row for row in full}
+def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
+    rows = {policy: [done[run.key(policy, unit)] for unit in units] for policy in run.panel}
+    twins = {row["sample"]: row for row in rows[run.panel[0]]}
     summary = []
     for policy in run.panel:
+        scores = work.summarize(rows[policy])
         summary.append(
             {
                 "policy": policy.name,
@@ -274,8 +278,11 @@ def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row]) -> lis
                 "model": run.model.name,
                 "task": run.task.name,
                 "question": run.question,
-                "metric": run.task.metric,
-                **summarize(rows[policy], twins, run.task.flags),
+                "metric": work.metric,
+                "lower_is_better": work.lower_is_better,
+                **summarize(rows[policy], twins, work.flags, scores.value, work.lower_is_better),
+                "scores": dict(scores.scores),
+                "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
                 "size_percent_paper": policy.paper_size(rows[policy][0]["head_dim"]),
             }
         )
@@ -284,12 +291,17 @@ def _summarize(run: Run, samples: Sequence[Sample], done: dict[str, Row]) -> lis
 
 def _check_exercised(run: Run, summary: Sequence[Row]) -> None:
     """A policy that never compressed anything was not evaluated, whatever its accuracy."""
+    if summary[0]["cut"]:
+        cut, samples, tokens = summary[0]["cut"], summary[0]["samples"], summary[0]["cut_tokens"]
+        print(f"note: {cut} of {samples} prompts did not fit the model and lost {tokens} tokens on the left")
     for policy, row in zip(run.panel, summary, strict=True):
-        if policy.lossless or row["exercised"] == row["n"]:
+        if row["unended"]:
+            print(f"note: {policy.label}: {row['unended']} of {row['samples']} answers ran into the limit of new tokens")
+        if policy.lossless or row["exercised"] == row["samples"]:
             continue
         if row["exercised"] == 0:
             raise RunError(
                 f"{policy.label} was never exercised: no context was long enough for it to compress a token, so its "
                 "numbers are those of the full cache. Use longer prompts or a smaller budget."
             )
-        print(f"note: {policy.label} compressed something in {row['exercised']} of {row['n']} samples only")
+        print(f"note: {policy.label} compressed something in {row['exercised']} of {row['samples']} samples only")

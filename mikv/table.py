@@ -17,23 +17,31 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
     table = Table(
         title=f"{first['model']} · {first['task']} · n = {first['n']} · question {first['question']}",
         caption="size: stored bytes of the 16-bit cache's, counted from tensors; paper: by the paper's formula; "
-        "± standard error; lost / gained: answers that full had right / wrong",
+        "± standard error; lost / gained: samples that got worse / better than with full; "
+        "kl, agree: on the full cache's own answers, in nats per token, share of equal top-1 tokens",
     )
     table.add_column("policy", no_wrap=True)
-    for column in (first["metric"], "size %", "paper %", "vs full", "lost", "gained", *flags):
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=column == first["metric"])
+    others = [name for name in first["scores"] if name != first["metric"]]
+    paired = "difference" in first
+    columns = [*others, "size %", "paper %", *(["vs full", "lost", "gained"] if paired else [])]
+    columns += [*(["kl", "agree"] if "kl" in first and first["metric"] != "kl" else ["agree"] if "kl" in first else []), *flags]
+    table.add_column(first["metric"].replace("_", " "), justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         twin = row["policy"] == "full"
-        table.add_row(
-            row["label"],
-            _with_error(row["value"], row["stderr"]),
-            f"{row['size_percent']:.1f}",
-            f"{row['size_percent_paper']:.1f}",
-            "" if twin else f"{row['difference']:+.2f}",
-            "" if twin else str(row["lost"]),
-            "" if twin else str(row["gained"]),
-            *(f"{row['rates'][flag]:.2f}" for flag in flags),
-        )
+        cells = {
+            **{name: _number(row["scores"][name]) for name in others},
+            "size %": f"{row['size_percent']:.1f}",
+            "paper %": f"{row['size_percent_paper']:.1f}",
+            "vs full": "" if twin or not paired else f"{row['difference']:+.2f}",
+            "lost": "" if twin or not paired else str(row["lost"]),
+            "gained": "" if twin or not paired else str(row["gained"]),
+            "kl": "" if twin or "kl" not in row else f"{row['kl']:.2g}",
+            "agree": "" if twin or "kl" not in row else f"{row['agreement']:.3f}",
+            **{flag: f"{row['rates'][flag]:.2f}" for flag in flags},
+        }
+        table.add_row(row["label"], _with_error(row["value"], row["stderr"]), *(cells[column] for column in columns))
     console = Console()
     if not console.is_terminal:  # a log file has no width: rather a long line than cut names
         console = Console(width=130)
@@ -41,4 +49,11 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return _number(value) if error is None else f"{_number(value)} ± {_number(error)}"
+
+
+def _number(value: float) -> str:
+    """Three decimals; of what is smaller, two digits; of what is larger, four."""
+    if value and abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"

@@ -17,12 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
+from mikv.batches import Generating
 from mikv.config import compose
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Prompt
+from mikv.engine import Engine
 from mikv.models.load import load
 from mikv.policy import Policy
-from mikv.tasks.prompting import encode
 
 
 def main() -> None:
@@ -37,11 +36,14 @@ def main() -> None:
     run = compose(f"panel={args.panel}", f"model={args.model}", f"task.lines={args.lines}")
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0)
-    prompts = [Prompt(*encode(loaded.tokenizer, s, "visible")) for s in run.task.samples(args.samples, 0)]
+    work = run.open()
+    requests = [request for unit in work.units()[: args.samples] for request in work.encode(unit, loaded).requests]
+    prompts = [request.prompt for request in requests]
+    decoding = next(request.decoding for request in requests if isinstance(request, Generating))
 
     def seconds(panel: Sequence[Policy]) -> float:
         started = time.perf_counter()
-        engine.generate(prompts, panel, Decoding(run.task.max_new_tokens))
+        engine.generate(prompts, panel, decoding)
         return time.perf_counter() - started
 
     seconds(run.panel)  # warm-up, of the largest case

@@ -77,3 +77,15 @@ def bits_everywhere(name: str, bits: int) -> Policy:
 def any_policy(request: pytest.FixtureRequest) -> Policy:
     """Every policy of conf/policy, found by listing the folder."""
     return policy(request.param)
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders with the task YAMLs of own_tasks and with their data."""
+    import datasets
+    import own_tasks
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")  # not the user's
+    tasks, data = tmp_path_factory.mktemp("tasks"), tmp_path_factory.mktemp("data")
+    own_tasks.make(tasks, data)
+    return tasks, data

@@ -1,6 +1,6 @@
 """Imports go down the list of the design, never up, and each outside world enters through one module.
 
-run.py -> config -> runner -> engine, tasks, metrics, records, ... -> cache, attention, models -> policy
+run.py -> config -> runner -> lm, work, batches -> engine, tasks, metrics, records, ... -> cache, attention, models -> policy
        -> importance, quant -> types.       baselines -> policy, importance, quant, types
 """
 
@@ -41,14 +41,23 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mikv.cache",
         "mikv.models",
     ),
+    "mikv.batches": ("mikv.engine", "mikv.decoding", "mikv.policy"),
     "mikv.tasks": ("mikv.tasks",),
+    "mikv.work": (
+        *("mikv.batches", "mikv.engine", "mikv.decoding", "mikv.models", "mikv.fingerprint"),
+        *("mikv.tasks", "mikv.work"),
+    ),
+    "mikv.lm": (
+        *("mikv.batches", "mikv.engine", "mikv.decoding", "mikv.models", "mikv.policy", "mikv.fingerprint"),
+        *("mikv.tasks", "mikv.work", "mikv.lm"),
+    ),
     "mikv.metrics": ("mikv.metrics",),
     "mikv.records": (),
     "mikv.plots": (),
     "mikv.table": (),
     "mikv.runner": (
-        *("mikv.engine", "mikv.decoding", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
-        *("mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
+        *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
+        *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
     ),
     "mikv.config": ("mikv.runner", "mikv.policy", "mikv.types"),
     "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
@@ -60,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRANCES: dict[str, tuple[str, ...]] = {
     "wandb": ("mikv.tracking",),
     "lm_eval": ("mikv.lm",),
+    "datasets": ("mikv.lm",),
     "triton": ("mikv.kernels",),
     "hydra": ("run", "mikv.config"),
     "omegaconf": ("run", "mikv.config"),

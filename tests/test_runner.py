@@ -16,10 +16,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from mikv.batches import OutOfMemory
 from mikv.config import CONF, ConfigError, compose
 from mikv.engine import Engine
 from mikv.records import RecordError
 from mikv.runner import Run, RunError, execute
+from mikv.work.base import Unit
 
 TINY = ["model=tiny-random", "task.lines=2", "task.limit=4", "batch_size=2", "task.max_new_tokens=6"]
 
@@ -37,6 +39,15 @@ def outcomes(path: Path) -> dict[str, dict[str, Any]]:
     found = rows(path)
     assert len({row["key"] for row in found}) == len(found)
     return {row["key"]: {k: v for k, v in row.items() if k != "seconds"} for row in found}
+
+
+def assert_same(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]], *, but: tuple[str, ...] = ()) -> None:
+    """The same outcomes; fidelity up to rounding (the shape of a batch moves its last digits)."""
+    assert one.keys() == other.keys()
+    for key, row in one.items():
+        close = {name: pytest.approx(row[name], abs=1e-4) for name in ("kl", "agreement", "nll_change") if name in row}
+        ignored = {name: other[key][name] for name in but}
+        assert other[key] == row | close | ignored
 
 
 def test_records_and_summary_hold_what_they_promise(tmp_path: Path) -> None:
@@ -77,7 +88,7 @@ def test_a_larger_limit_and_another_panel_go_on_in_a_named_folder(tmp_path: Path
     execute(composed(tmp_path, "name=x", "task.limit=6", "panel=demo"))
     after = outcomes(tmp_path / "x" / "samples.jsonl")
     assert len(after) == 6 * 13
-    assert all(after[key] == row for key, row in before.items())
+    assert_same(before, {key: after[key] for key in before})
 
 
 @pytest.mark.parametrize("options", ["batch_size=1", "batch_size=3", "reader=packed", "panel=demo"])
@@ -85,8 +96,7 @@ def test_batch_reader_and_panel_change_no_outcome(tmp_path: Path, options: str) 
     execute(composed(tmp_path, "name=a"))
     execute(composed(tmp_path, "name=b", options))
     first, second = (outcomes(tmp_path / name / "samples.jsonl") for name in "ab")
-    for key, row in first.items():
-        assert {**second[key], "reader": ""} == {**row, "reader": ""}
+    assert_same(first, {key: second[key] for key in first}, but=("reader",))
 
 
 def test_killed_at_random_moments_and_started_again_nothing_is_lost_or_double(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_killed_at_random_moments_and_started_again_nothing_is_lost_or_double(tm
         process.wait()
     assert killed >= 1
     subprocess.run([*command, "name=cut"], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-    assert outcomes(samples) == outcomes(tmp_path / "whole" / "samples.jsonl")
+    assert_same(outcomes(tmp_path / "whole" / "samples.jsonl"), outcomes(samples))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("MPS backend out of memory")])
@@ -127,8 +137,8 @@ def test_out_of_memory_halves_the_batch_and_changes_no_answer(
 
     monkeypatch.setattr(Engine, "generate", narrow)
     execute(composed(tmp_path, "name=narrow", "batch_size=4"))
-    assert outcomes(tmp_path / "roomy" / "samples.jsonl") == outcomes(tmp_path / "narrow" / "samples.jsonl")
-    assert "out of memory with 4 samples at a time; trying 2" in capsys.readouterr().out
+    assert_same(outcomes(tmp_path / "roomy" / "samples.jsonl"), outcomes(tmp_path / "narrow" / "samples.jsonl"))
+    assert "out of memory with 4 prompts at a time; trying 2" in capsys.readouterr().out
 
 
 def test_out_of_memory_with_one_sample_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +151,7 @@ def test_out_of_memory_with_one_sample_keeps_what_was_done(tmp_path: Path, monke
         return generate(self, *arguments)
 
     monkeypatch.setattr(Engine, "generate", failing)
-    with pytest.raises(RunError, match=r"single sample .* reader=packed"):
+    with pytest.raises(OutOfMemory, match=r"single prompt .* reader=packed"):
         execute(composed(tmp_path, "name=x", "batch_size=1"))
     assert len(rows(tmp_path / "x" / "samples.jsonl")) == 2 * 2
 
@@ -162,7 +172,7 @@ def test_a_policy_that_never_compressed_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_a_prompt_longer_than_the_model_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"4 of 4 prompts do not fit tiny-random: .*task\.lines"):
+    with pytest.raises(RunError, match=r"4 of 4 samples can't be asked of tiny-random: .*task\.lines"):
         execute(composed(tmp_path, "model.max_tokens=50", "name=x"))
     assert not (tmp_path / "x" / "samples.jsonl").exists()
 
@@ -191,20 +201,21 @@ def test_the_question_is_part_of_every_row(tmp_path: Path) -> None:
     [
         "policy.keep=0.3", "policy.high.bits=8", "policy.low.key_bits=4", "policy.low.group=8", "policy.balance=false",
         "policy.recent=0.2", "policy.budget=fixed", "policy=h2o", "policy=random", "task.lines=3", "task.max_new_tokens=7",
-        "task=guardedrecall", "protocol.question=hidden", "seed=1", "model.dtype=bfloat16", "model=smollm2-135m",
+        "task=guardedrecall", "protocol.question=hidden", "fidelity=false", "seed=1", "model.dtype=bfloat16",
+        "model=smollm2-135m",
     ],
 )  # fmt: skip
 def test_two_runs_that_differ_in_one_field_have_two_keys(tmp_path: Path, override: str) -> None:
     """And nothing else: a store that hashes less returns another policy's answers (trap T29)."""
     one, other = composed(tmp_path), composed(tmp_path, override)
-    assert one.key(one.panel[1], 0) != other.key(other.panel[1], 0)
+    assert one.key(one.panel[1], Unit(0)) != other.key(other.panel[1], Unit(0))
     assert one.folder() != other.folder()
 
 
 @pytest.mark.parametrize("override", ["batch_size=7", "reader=packed", "out=elsewhere"])
 def test_what_changes_no_outcome_changes_no_key(tmp_path: Path, override: str) -> None:
     one, other = composed(tmp_path), composed(tmp_path, override)
-    assert one.key(one.panel[1], 0) == other.key(other.panel[1], 0)
+    assert one.key(one.panel[1], Unit(0)) == other.key(other.panel[1], Unit(0))
 
 
 def test_a_file_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
@@ -242,7 +253,8 @@ def test_bad_configurations_are_refused_with_a_reason(tmp_path: Path, overrides:
     ("group", "name"), [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if f.parent.name != "model"]
 )
 def test_every_committed_choice_builds(tmp_path: Path, group: str, name: str) -> None:
-    assert composed(tmp_path, f"{group}={name}").panel[0].name == "full"
+    more = ["task.name=hellaswag"] if name == "lm_eval" else []
+    assert compose("model=tiny-random", f"{group}={name}", f"out={tmp_path}", *more).panel[0].name == "full"
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (CONF / "model").glob("*.yaml")))

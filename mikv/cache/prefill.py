@@ -102,8 +102,9 @@ class _CollectingBank:
         self.layers = torch.tensor(layers, device=device)
         batch, heads, dim = len(lengths.tokens), geometry.kv_heads, geometry.head_dim
         shape = (len(layers), batch, heads, lengths.width, dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # zeros: with a prefix nothing is written to the columns of padding, and 0 times what lies there must be 0
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.query_absmax = torch.zeros((len(layers), batch, heads, dim), device=device)
         self.key_absmax = torch.zeros_like(self.query_absmax)
         self.real = lengths.positions(device) >= 0

@@ -11,6 +11,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,8 +197,12 @@ class Loaded:
     max_tokens: int
 
 
-def load(spec: ModelSpec) -> Loaded:
-    """Load weights and tokenizer with the project's attention.
+def load(spec: ModelSpec, attention: str = NAME) -> Loaded:
+    """Load weights and tokenizer.
+
+    Args:
+        spec: which.
+        attention: the project's attention, or one of transformers' own (sdpa, eager) for comparisons.
 
     Raises:
         ModelUnavailable: weights can't be had; says how to get them.
@@ -204,9 +210,9 @@ def load(spec: ModelSpec) -> Loaded:
     """
     if spec.name == TINY:
         install()
-        model, tokenizer = tiny_model(tiny_config(), spec.resolve_dtype()), byte_tokenizer()
+        model, tokenizer = tiny_model(tiny_config(), spec.resolve_dtype(), attention=attention), byte_tokenizer()
     else:
-        model, tokenizer = _pretrained(spec)
+        model, tokenizer = _pretrained(spec, attention)
     model = model.to(spec.resolve_device()).eval()
     limit = int(getattr(model.config, "max_position_embeddings", 0)) or 2**20
     if spec.max_tokens is not None:
@@ -214,31 +220,59 @@ def load(spec: ModelSpec) -> Loaded:
     return Loaded(model, tokenizer, _end_tokens(model, tokenizer), limit)
 
 
-def _pretrained(spec: ModelSpec) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer alone.
+
+    Raises:
+        ModelUnavailable: it can't be had; says how to get it.
+    """
+    from transformers import AutoTokenizer
+
+    if spec.name == TINY:
+        return byte_tokenizer()
+    with _explained(spec):
+        place, options = _origin(spec)
+        return AutoTokenizer.from_pretrained(place, **options)
+
+
+def _pretrained(spec: ModelSpec, attention: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     install()
     logging.disable_progress_bar()  # a line per weight shard would tear the run's own progress bar
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    try:
-        place, revision = _locate(spec)
-        if revision is not None:
-            options["revision"] = revision
+    with _explained(spec):
+        place, options = _origin(spec)
         config = AutoConfig.from_pretrained(place, **options)
         geometry(config)  # refuse before gigabytes are read
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=spec.resolve_dtype(), attn_implementation=NAME, **options)
-    except (Unsupported, ModelUnavailable):
-        raise
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ModelUnavailable(_how_to_get(spec, error)) from error
+        tokenizer = load_tokenizer(spec)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=spec.resolve_dtype(), attn_implementation=attention, **options
+        )
     if spec.adapter is not None:
         model = _with_adapter(model, spec.adapter)
     return model, tokenizer
 
 
-def _locate(spec: ModelSpec) -> tuple[str, str | None]:
+@contextmanager
+def _explained(spec: ModelSpec) -> Iterator[None]:
+    """What transformers says when files are missing or broken, with the ways to get them."""
+    try:
+        yield
+    except (Unsupported, ModelUnavailable):
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ModelUnavailable(_how_to_get(spec, error)) from error
+
+
+def _origin(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """First argument and options of `from_pretrained`."""
+    place, revision = locate(spec)
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    return place, options if revision is None else options | {"revision": revision}
+
+
+def locate(spec: ModelSpec) -> tuple[str, str | None]:
     """Where `from_pretrained` finds the weights: (folder or hub repository, revision)."""
     if spec.path is not None:
         path = Path(spec.path).expanduser()

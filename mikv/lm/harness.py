@@ -1,0 +1,362 @@
+"""lm-eval's tasks as work of a run: its documents are units, its filters and metrics judge each policy's answers, its
+aggregation makes the scores."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean, mean_stderr
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+
+from mikv.batches import Response
+from mikv.engine import Fidelity, Generation, Scores
+from mikv.fingerprint import fingerprint
+from mikv.lm.humaneval import HUMANEVAL
+from mikv.lm.model import EncodedInstances, PanelLM
+from mikv.lm.tasks import Catalogue, build_requests
+from mikv.models.load import Loaded, ModelSpec, load_tokenizer, locate
+from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+
+# Documents of each task that a subset takes; None = all.
+SUBSETS: dict[str, int | None] = {"full": None, "tiny": 2}
+_OWN = {"humaneval": HUMANEVAL}
+
+
+@dataclass(frozen=True)
+class Harness:
+    """A benchmark of lm-eval.
+
+    Args:
+        name: lm-eval's task, group or tag; or a name for `tasks`.
+        tasks: lm-eval's names, where there are several or they differ from `name`.
+        only: of groups, only these tasks (mmlu: anatomy, astronomy, ...); null = all.
+        subset: full, or tiny (the first 2 documents of each task); task.limit goes before it.
+        num_fewshot: examples in the prompt; null = as the task says.
+        data_dir: a folder with the data as JSON lines (README, "Data without the hub"); null = from the hub.
+        metric: which of lm-eval's metrics decides, as `metric,filter` or `task:metric,filter`; null = the first one.
+        chat: write prompts with the model's chat template.
+        multiturn: with `chat`, few-shot examples are turns of the conversation (else: one message).
+        system: system instruction.
+        gen_kwargs: changes of the task's generation parameters (until, max_gen_toks, do_sample, temperature, ...).
+        window, head: of `loglikelihood_rolling`, see mikv.lm.model.
+        metadata: for tasks that make their data (RULER: max_seq_lengths).
+        include: a folder with task YAMLs in lm-eval's format, instead of its own.
+        allow_code_execution: run code that the model writes, confined (mikv.tasks.sandbox).
+    """
+
+    name: str
+    tasks: Sequence[str] | None = None
+    only: Sequence[str] | None = None
+    subset: str = "full"
+    num_fewshot: int | None = None
+    data_dir: str | None = None
+    metric: str | None = None
+    chat: bool = False
+    multiturn: bool = True
+    system: str | None = None
+    gen_kwargs: Mapping[str, Any] | None = None
+    window: int = 1024
+    head: int = 512
+    metadata: Mapping[str, Any] | None = None
+    include: str | None = None
+    allow_code_execution: bool = False
+
+    def __post_init__(self) -> None:
+        if self.subset not in SUBSETS:
+            raise ValueError(f"task.subset={self.subset}: choose {' or '.join(SUBSETS)}")
+        if not 1 <= self.head <= self.window:
+            raise ValueError(f"task.head={self.head}: from 1 to task.window={self.window}")
+
+    def identity(self) -> dict[str, Any]:
+        """Prompts, few-shot examples and task versions are in each unit's `asked`."""
+        return {"name": self.name, "version": 1}
+
+    def scope(self) -> dict[str, Any]:
+        return {"subset": self.subset, "only": sorted(self.only) if self.only else None, "num_fewshot": self.num_fewshot}
+
+    def open(self, spec: ModelSpec, limit: int | None, seed: int, question: str) -> HarnessWork:
+        if question != "visible":
+            raise ValueError(
+                f"protocol.question={question}: lm-eval's tasks do not say where their question begins, so the cache can't "
+                "be compressed before it; use protocol.question=visible"
+            )
+        tops = self.load(spec, seed)
+        tasks = _leaves(tops)
+        for name, task in tasks.items():
+            self._check(name, task)
+            self._configure(task, seed)
+        options: dict[str, Any] = {"system_instruction": self.system}
+        if self.chat:
+            options |= {
+                "apply_chat_template": True,
+                "fewshot_as_multiturn": self.multiturn,
+                "chat_template": _chat_template(load_tokenizer(spec)),
+            }
+        for task in tasks.values():
+            build_requests(task, self.count(limit), **options)
+        return HarnessWork(self, tops, tasks, seed)
+
+    def load(self, spec: ModelSpec, seed: int) -> list[Task | Group]:
+        """lm-eval's tasks and groups with their data. Raises ValueError, DataUnavailable."""
+        random.seed(seed)
+        np.random.seed(seed)  # what tasks that make their own data use
+        metadata = dict(self.metadata or {})
+        if metadata.get("max_seq_lengths"):
+            metadata.setdefault("tokenizer", locate(spec)[0])
+        catalogue = Catalogue(metadata, _OWN, self.include)
+        return catalogue.load(self.tasks or [self.name], self.only, self.data_dir)
+
+    def count(self, limit: int | None) -> int | None:
+        """Documents of each task; None = all."""
+        return limit if limit is not None else SUBSETS[self.subset]
+
+    def _check(self, name: str, task: Task) -> None:
+        if getattr(task, "MULTIMODAL", False):
+            raise ValueError(f"{name} has images or sound; only text is supported")
+        if not getattr(task, "UNSAFE_CODE", False):
+            return
+        if name not in _OWN:
+            raise ValueError(f"{name} runs code that the model writes, and not in this project's confinement; not supported")
+        if not self.allow_code_execution:
+            raise ValueError(
+                f"{name} runs code that the model writes. It is confined in time and memory, not more: say "
+                "allow_code_execution=true where that is good enough, for example in a container"
+            )
+
+    def _configure(self, task: Task, seed: int) -> None:
+        """As lm_eval.simple_evaluate does it."""
+        if self.gen_kwargs and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=dict(self.gen_kwargs), update=True)
+        # 0 in a task's own YAML means that it can't have examples
+        if self.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=self.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+
+
+class HarnessWork:
+    """A Harness, opened."""
+
+    flags: tuple[str, ...] = ()
+
+    def __init__(self, harness: Harness, tops: Sequence[Task | Group], tasks: Mapping[str, Task], seed: int) -> None:
+        self._harness, self._tops, self._tasks, self._seed = harness, tops, tasks, seed
+        self._instances: dict[str, list[Instance]] = {}
+        self._units: list[Unit] = []
+        for name, task in tasks.items():
+            by_doc: dict[int, list[Instance]] = defaultdict(list)
+            for instance in task.instances:
+                by_doc[int(instance.doc_id or 0)].append(instance)
+            for doc_id, instances in by_doc.items():
+                instances.sort(key=lambda instance: instance.idx)
+                unit = Unit(doc_id, name, self._asked(task, instances))
+                self._units.append(unit)
+                self._instances[unit.name] = instances
+        self._headlines = self._find_headlines()
+        self.metric, self._decisive = self._find_metric()
+        leaf = self._tasks[self._members(self._decisive[0])[0]]
+        self.lower_is_better = not leaf.higher_is_better().get(self._decisive[1].split(",")[0], True)
+        self._lm: PanelLM | None = None
+        self._encoded: dict[str, EncodedInstances] = {}
+
+    def _asked(self, task: Task, instances: Sequence[Instance]) -> str:
+        rolling = instances[0].request_type == "loglikelihood_rolling"
+        return fingerprint(
+            {
+                "version": str(task.VERSION),
+                "requests": [[instance.request_type, list(instance.args), instance.repeats] for instance in instances],
+                **({"window": self._harness.window, "head": self._harness.head} if rolling else {}),
+            }
+        )
+
+    def units(self) -> list[Unit]:
+        return self._units
+
+    def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
+        if self._lm is None:
+            self._lm = PanelLM(loaded, seed=self._seed, window=self._harness.window, head=self._harness.head)
+        encoded = self._lm.encode(self._instances[unit.name])
+        self._encoded[unit.name] = encoded
+        return Encoded(encoded.requests, max(0, encoded.cut_tokens))
+
+    def outcomes(self, unit: Unit, responses: Sequence[Sequence[Response]]) -> list[Row]:
+        assert self._lm is not None
+        task = self._tasks[str(unit.subtask)]
+        instances, encoded = self._instances[unit.name], self._encoded.pop(unit.name)
+        rolling = instances[0].request_type == "loglikelihood_rolling"
+        fidelities = _over_windows(responses) if rolling else unit_fidelity(responses)
+        rows = []
+        for mine, fidelity in zip(responses, fidelities, strict=True):
+            replies = self._lm.replies(instances, encoded, mine)
+            metrics = self._judge(task, instances, replies)
+            generations = [response for response in mine if isinstance(response, Generation)]
+            rows.append(
+                {
+                    "answer": _answer(instances, replies),
+                    "target": str(task.doc_to_target(instances[0].doc)) if not rolling else None,
+                    "metrics": metrics,
+                    "score": self._score(unit, metrics),
+                    **({} if generations and len(generations) == 1 else {"replies": replies}),
+                    **({"answer_tokens": sum(len(g.tokens) for g in generations)} if generations else {}),
+                    **({"ended": all(g.ended for g in generations)} if generations else {}),
+                    **fidelity_row(fidelity),
+                }
+            )
+        return rows
+
+    def _judge(self, task: Task, instances: Sequence[Instance], replies: Sequence[list[Any]]) -> dict[str, Any]:
+        """lm-eval's filters, then its metrics of one document, by `metric,filter`."""
+        for instance, resps in zip(instances, replies, strict=True):
+            instance.resps, instance.filtered_resps = list(resps), {}
+        for ensemble in task._filters:
+            ensemble.apply(list(instances))
+        metrics: dict[str, Any] = {}
+        for name in instances[0].filtered_resps:
+            results = task.process_results(instances[0].doc, [instance.filtered_resps[name] for instance in instances])
+            metrics |= {f"{metric},{name}": value for metric, value in results.items()}
+        return json.loads(json.dumps(metrics, default=_plain))  # as it will be read back from a record
+
+    def _score(self, unit: Unit, metrics: Mapping[str, Any]) -> float | None:
+        """The decisive metric of one document, where it is a mean over documents."""
+        task, key = self._decisive
+        value = metrics.get(key)
+        if unit.subtask not in self._members(task) or not isinstance(value, int | float):
+            return None
+        return float(value) if self._aggregation(self._tasks[str(unit.subtask)], key) is mean else None
+
+    def summarize(self, rows: Sequence[Row]) -> Summary:
+        by_task: dict[str, dict[str, Any]] = {}
+        for name, task in self._tasks.items():
+            mine = [row["metrics"] for row in rows if row["subtask"] == name]
+            if mine:
+                by_task[name] = {"name": name, "sample_len": len(mine), **self._aggregate(task, mine)}
+        for group in _groups(self._tops):
+            by_task[group.name] = dict(group.aggregate(by_task))
+        task_name, key = self._decisive
+        scores = {label: by_task[name][k] for label, (name, k) in self._headlines.items() if k in by_task.get(name, {})}
+        return Summary(by_task[task_name][key], scores, by_task)
+
+    def _aggregate(self, task: Task, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key in dict.fromkeys(key for one in metrics for key in one):
+            values = [one[key] for one in metrics if key in one]
+            aggregation = self._aggregation(task, key)
+            result[key] = aggregation(values)
+            metric, _, name = key.partition(",")
+            known = aggregation is mean and len(values) > 1
+            result[f"{metric}_stderr,{name}"] = mean_stderr(values) if known else "N/A"
+        return result
+
+    def _aggregation(self, task: Task, key: str) -> Any:
+        return task.aggregation().get(key.split(",")[0], mean)  # lm-eval's own default
+
+    def _members(self, name: str) -> list[str]:
+        """Tasks of a group, or the task itself."""
+        for group in _groups(self._tops):
+            if group.name == name and name not in self._tasks:
+                return [task.task_name for task in group.get_all_tasks()]
+        return [name]
+
+    def _find_headlines(self) -> dict[str, tuple[str, str]]:
+        """What a table shows: (task or group, metric key) by label."""
+        tops = [_name(top) for top in self._tops]
+        labels: dict[str, tuple[str, str]] = {}
+        for top in self._tops:
+            filters = [ensemble.name for ensemble in self._tasks[self._members(_name(top))[0]]._filters]
+            keys = [f"{metric},{name}" for name in filters for metric in self._metrics(top)]
+            for key in keys:
+                metric, _, name = key.partition(",")
+                parts = [_name(top).removeprefix(f"{self._harness.name}_")] if len(tops) > 1 else []
+                parts += [metric] if len(filters) == 1 else [metric, name]
+                labels[" ".join(parts)] = (_name(top), key)
+        return labels
+
+    def _metrics(self, top: Task | Group) -> list[str]:
+        if isinstance(top, Group):
+            return [config.metric for config in top.aggregate_metric_list or []]
+        return list(top.aggregation())
+
+    def _find_metric(self) -> tuple[str, tuple[str, str]]:
+        if not self._headlines:
+            raise ValueError(f"the group {self._harness.name} has no score of its own; choose its tasks: task.tasks=[...]")
+        if self._harness.metric is None:
+            return next(iter(self._headlines.items()))
+        task, _, key = self._harness.metric.rpartition(":")
+        for label, (name, known) in self._headlines.items():
+            if known == key and task in ("", name):
+                return label, (name, known)
+        known_keys = ", ".join(f"{name}:{key}" for name, key in self._headlines.values())
+        raise ValueError(f"task.metric={self._harness.metric}: there are {known_keys}")
+
+
+def _leaves(tops: Sequence[Task | Group]) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    for top in tops:
+        for task in top.get_all_tasks() if isinstance(top, Group) else [top]:
+            tasks[task.task_name] = task
+    return tasks
+
+
+def _groups(tops: Sequence[Task | Group]) -> list[Group]:
+    """All groups, children before parents."""
+    groups: list[Group] = []
+    for top in tops:
+        if isinstance(top, Group):
+            groups += [*reversed(top.get_all_groups()), top]
+    return groups
+
+
+def _name(top: Task | Group) -> str:
+    return top.name if isinstance(top, Group) else top.task_name
+
+
+def _chat_template(tokenizer: Any) -> Any:
+    """lm-eval's way to write a conversation; the method needs a tokenizer and no model."""
+    holder = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+
+    def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return HFLM.apply_chat_template(holder, history, add_generation_prompt)
+
+    return render
+
+
+def _answer(instances: Sequence[Instance], replies: Sequence[list[Any]]) -> str | None:
+    """For people who read records: what was said, or the continuation with the highest log-likelihood."""
+    kind = instances[0].request_type
+    if kind == "generate_until":
+        return replies[0][0]
+    if kind == "loglikelihood":
+        best = max(range(len(instances)), key=lambda i: replies[i][0][0])
+        return instances[best].args[1]
+    return None
+
+
+def _over_windows(responses: Sequence[Sequence[Response]]) -> list[Fidelity | None]:
+    """Fidelity on a document that was scored in windows: the mean over its tokens."""
+    lengths = []
+    for response in responses[0]:
+        assert isinstance(response, Scores)
+        lengths.append(response.continuations[0].tokens)
+    result: list[Fidelity | None] = []
+    for mine in responses:
+        parts = [scores.continuations[0].fidelity for scores in mine if isinstance(scores, Scores)]
+        result.append(Fidelity(*(float(np.average(column, weights=lengths)) for column in zip(*parts, strict=True))))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays for JSON."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a metric of type {type(value).__name__} can't be recorded")

@@ -1,0 +1,68 @@
+"""Generation tasks of this project as work: render the conversation, split it at the question, judge the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from mikv.batches import Generating, Response
+from mikv.decoding import Decoding
+from mikv.engine import Generation, Prompt
+from mikv.models.load import Loaded
+from mikv.tasks.base import Task
+from mikv.tasks.prompting import encode
+from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+
+
+class GenerationWork:
+    """Args: task; its first `limit` samples of `seed`; question, see mikv.engine."""
+
+    lower_is_better = False
+
+    def __init__(self, task: Task, limit: int | None, seed: int, question: str) -> None:
+        if limit is None:
+            raise ValueError("task.limit=null: this task makes as many samples as are asked for; set task.limit")
+        self._task, self._question = task, question
+        self.metric, self.flags = task.metric, task.flags
+        self._tokenizer: Any = None
+        self._samples = {sample.doc_id: sample for sample in task.samples(limit, seed)}
+
+    def units(self) -> list[Unit]:
+        return [Unit(doc_id) for doc_id in self._samples]
+
+    def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
+        self._tokenizer = loaded.tokenizer
+        prompt = Prompt(*encode(loaded.tokenizer, self._samples[unit.doc_id], self._question))
+        new = self._task.max_new_tokens
+        if prompt.tokens + new > loaded.max_tokens:
+            raise ValueError(
+                f"a prompt has {prompt.tokens} tokens, plus {new} for the answer, and the model's limit is "
+                f"{loaded.max_tokens}. Choose shorter prompts (task.lines=...) or a model with a longer context; cutting "
+                "a prompt would remove what is asked for."
+            )
+        return Encoded([Generating(prompt, Decoding(new))])
+
+    def outcomes(self, unit: Unit, responses: Sequence[Sequence[Response]]) -> list[Row]:
+        sample = self._samples[unit.doc_id]
+        rows = []
+        for (generation,), fidelity in zip(responses, unit_fidelity(responses), strict=True):
+            assert isinstance(generation, Generation)
+            answer = self._tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+            outcome = self._task.score(sample, answer)
+            rows.append(
+                {
+                    "answer": answer,
+                    "target": sample.target,
+                    **outcome,
+                    "score": float(outcome["correct"]),
+                    "answer_tokens": len(generation.tokens),
+                    "ended": generation.ended,
+                    **fidelity_row(fidelity),
+                }
+            )
+        return rows
+
+    def summarize(self, rows: Sequence[Row]) -> Summary:
+        value = fmean(row["score"] for row in rows)
+        return Summary(value, {self.metric: value}, {})

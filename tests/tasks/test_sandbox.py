@@ -1,0 +1,500 @@
+"""The sandbox: a program passes only if it ran to its end, and whatever it does stays inside."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mikv.tasks import sandbox
+from mikv.tasks.sandbox import REASON_CHARACTERS, Limits, Outcome, run_program
+
+resource = pytest.importorskip("resource", reason="programs can't be confined on Windows")
+LINUX = sys.platform == "linux"
+# Asked here once more, not of the sandbox: if it wrongly gives up, the tests must fail and not be skipped.
+SECCOMP = LINUX and platform.machine() in ("x86_64", "aarch64") and "Seccomp:" in Path("/proc/self/status").read_text()
+LANDLOCK = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if LINUX else 0  # its version
+DEFAULT = Limits()
+needs_linux = pytest.mark.skipif(not LINUX, reason="only Linux can do this")
+needs_seccomp = pytest.mark.skipif(not SECCOMP, reason="needs seccomp, on x86_64 or aarch64")
+needs_landlock = pytest.mark.skipif(LANDLOCK < 1, reason="needs Landlock (Linux 5.13 or newer, unless switched off)")
+
+HUMANEVAL = '''
+from typing import List
+
+
+def has_close_elements(numbers: List[float], threshold: float) -> bool:
+    """ Check if in given list of numbers, are any two numbers closer to each other than given threshold.
+    >>> has_close_elements([1.0, 2.0, 3.0], 0.5)
+    False
+    """
+{completion}
+
+METADATA = {{'author': 'jt', 'dataset': 'test'}}
+
+
+def check(candidate):
+    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True
+    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.05) == False
+
+
+check(has_close_elements)
+'''
+RIGHT = "    pairs = zip(sorted(numbers), sorted(numbers)[1:])\n    return any(b - a < threshold for a, b in pairs)\n"
+WRONG = "    return True\n"
+
+
+def passes(program: str, limits: Limits = DEFAULT) -> None:
+    assert run_program(program, limits) == Outcome(True, "passed")
+
+
+def fails(program: str, pattern: str, limits: Limits = DEFAULT) -> None:
+    outcome = run_program(program, limits)
+    assert not outcome.passed
+    assert re.fullmatch(pattern, outcome.reason), outcome.reason
+
+
+def processes(marker: str) -> list[int]:
+    """Numbers of the processes, but this one, whose command line contains the marker."""
+    if LINUX:
+        commands = {}
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended
+                commands[int(file.parent.name)] = file.read_text(errors="replace")
+    else:
+        listed = subprocess.run(["ps", "-axww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+        commands = {int(number): command for number, command in (line.split(None, 1) for line in listed.splitlines())}
+    return [number for number, command in commands.items() if marker in command and number != os.getpid()]
+
+
+@pytest.fixture
+def marker() -> Iterator[str]:
+    """A word for command lines; processes that still have it when the test is over are ended."""
+    word = f"mikv-{secrets.token_hex(8)}"
+    yield word
+    for number in processes(word):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+# --- the verdict ---
+
+
+@pytest.mark.parametrize(("completion", "reason"), [(RIGHT, "passed"), (WRONG, "failed: AssertionError")])
+def test_a_program_like_humanevals(completion: str, reason: str) -> None:
+    assert run_program(HUMANEVAL.format(completion=completion)) == Outcome(reason == "passed", reason)
+
+
+@pytest.mark.parametrize(
+    ("program", "pattern"),
+    [
+        ("assert 1 + 1 == 3, 'no'", "failed: AssertionError: no"),
+        ("[][0]", "failed: IndexError: list index out of range"),
+        ("def f(:", r"failed: SyntaxError: .*line 1\)"),
+        ("x = '\0'", "failed: (SyntaxError|ValueError): .*null bytes"),
+        ("x = '\ud800'", "failed: UnicodeEncodeError: .*"),
+        ("def f(): f()\nf()", "failed: RecursionError: .*"),
+        ("raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
+        ("import os; os.kill(os.getpid(), 9)", "killed: signal SIGKILL"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)", "timed out"),
+    ],
+)
+def test_why_a_program_failed(program: str, pattern: str) -> None:
+    fails(program, pattern)
+
+
+@needs_linux
+def test_a_signal_without_a_name() -> None:
+    fails("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 3)", r"killed: signal \d+")
+
+
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "os._exit(0)", "raise SystemExit"])
+def test_to_leave_before_the_tests_is_to_fail(leave: str) -> None:
+    fails(f"import os, sys; {leave}\nassert False", r"failed: (SystemExit.*|it left before its end \(status 0\))")
+
+
+def test_a_program_cannot_claim_that_it_passed() -> None:
+    write = "with contextlib.suppress(OSError): os.write(fd, b'passed\\n' + b' passed\\n:passed\\n')"
+    fails(
+        f"import contextlib, os\nprint('passed', flush=True)\nfor fd in range(64):\n {write}\nos._exit(0)", "failed: it left.*"
+    )
+
+
+@pytest.mark.parametrize("act", ["os.closerange(0, 64)\nwhile True: pass", "os.execv('/bin/sleep', ['sleep', '30'])"])
+def test_a_program_that_can_no_longer_report_has_failed_at_once(act: str) -> None:
+    began = time.monotonic()
+    fails(f"import os\n{act}", "killed: signal SIGKILL")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("program", "start"),
+    [
+        ("raise ValueError('a\\nb' * 10**6)", "failed: ValueError: a ba b"),
+        ("raise type('E' * 10**6, (Exception,), {})", "failed: EEE"),
+        ("raise ValueError('\\ud800' * 1000)", r"failed: ValueError: \ud800"),
+        ("class E(Exception):\n def __str__(self): raise SystemExit(0)\nraise E", "failed: E"),
+    ],
+)
+def test_a_reason_is_one_short_line(program: str, start: str) -> None:
+    outcome = run_program(program)
+    assert not outcome.passed
+    assert outcome.reason.startswith(start)
+    assert len(outcome.reason) <= REASON_CHARACTERS
+    assert "\n" not in outcome.reason
+
+
+def test_a_program_is_the_main_module_and_nobody_elses() -> None:
+    """Not of a file with `from __future__ import annotations`, not beside the names of the sandbox."""
+    passes("""
+import pickle, sys
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+def f(x: 1 + 1): ...
+
+@dataclass
+class Größe:
+    π: "float" = 3.14
+    names: "ClassVar[list]" = []
+
+assert __name__ == "__main__" and f.__annotations__ == {"x": 2}
+assert pickle.loads(pickle.dumps(Größe(2.0))) == Größe(2.0), "日本語"
+assert "Outcome" not in globals() and sys.argv == [""]
+""")
+
+
+def test_a_program_may_have_threads_and_an_event_loop() -> None:
+    passes("""
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(abs, range(-4, 0))) == [4, 3, 2, 1]
+asyncio.run(asyncio.sleep(0))
+""")
+
+
+def test_the_same_program_sees_the_same_hashes() -> None:
+    first, second = (run_program("raise ValueError(hash('mikv'))") for _ in range(2))
+    assert first == second
+    assert re.fullmatch(r"failed: ValueError: -?\d+", first.reason)
+
+
+# --- time and memory ---
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(3600)",
+        "import signal, time\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(3600)",
+        "while True:\n try:\n  while True: pass\n except BaseException: pass",
+        "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E",
+        "import os\nwhile True:\n for fd in range(3, 9):\n  try: os.write(fd, bytes(1 << 16))\n  except OSError: pass",
+    ],
+    ids=["loop", "sleep", "no signals", "no exceptions", "in its last word", "talks to the sandbox"],
+)
+def test_a_program_that_does_not_end_is_ended(program: str) -> None:
+    began = time.monotonic()
+    assert run_program(program, Limits(seconds=0.5)) == Outcome(False, "timed out")
+    assert 0.5 <= time.monotonic() - began < 5
+
+
+@needs_linux
+def test_memory_is_limited() -> None:
+    program = "x = bytearray(300 << 20)"
+    assert run_program(program, Limits(memory_mb=256)) == Outcome(False, "out of memory")
+    passes(program, Limits(memory_mb=512))
+    assert run_program("x = []\nwhile True: x.append(bytes(1 << 20))", Limits(memory_mb=256)) == Outcome(False, "out of memory")
+
+
+def test_limits_are_set_and_stay() -> None:
+    passes(
+        """
+import resource as r
+limit = lambda name: r.getrlimit(getattr(r, "RLIMIT_" + name))
+assert limit("CORE") == (0, 0) and limit("FSIZE") == (0, 0), "files"
+assert limit("NOFILE") == (64, 64) and limit("CPU") == (4, 5), "files and time"
+for name in ("CORE", "FSIZE", "NOFILE", "CPU"):
+    try: r.setrlimit(getattr(r, "RLIMIT_" + name), (1 << 20, 1 << 20))
+    except (ValueError, OSError): pass
+    else: assert False, "raised " + name
+""",
+        Limits(seconds=2.5),
+    )
+
+
+def test_a_lower_limit_of_the_parent_stays() -> None:
+    code = "import resource; from mikv.tasks.sandbox import run_program\nresource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
+    code += "print(run_program('import resource; assert resource.getrlimit(resource.RLIMIT_NOFILE) == (32, 32)').reason)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout.strip() == "passed"
+
+
+def test_endless_output_fills_nothing() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program = "import os, sys\nwhile True:\n for fd in (1, 2): os.write(fd, bytes(1 << 20))\n print('x' * (1 << 20))"
+    assert run_program(program, Limits(seconds=1)) == Outcome(False, "timed out")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < (64 << 10) * (1 if LINUX else 1024)
+
+
+@needs_linux
+def test_root_gives_up_what_it_does_not_need() -> None:
+    passes("""
+sets = [line.split() for line in open("/proc/self/status") if line.startswith(("CapEff", "CapPrm", "CapInh"))]
+assert len(sets) == 3 and not any(int(bits, 16) & ~0b110 for _, bits in sets), sets
+assert "NoNewPrivs:\\t1\\n" in open("/proc/self/status").read()
+""")
+
+
+# --- other processes ---
+
+
+@needs_seccomp
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nfor _ in range(5): os.fork()",  # a bomb, but a small one
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.posix_spawn('/bin/true', ['true'], {})",
+        "import multiprocessing as m; m.get_context('spawn').Process(target=print).start()",
+    ],
+    ids=["fork", "subprocess", "spawn", "multiprocessing"],
+)
+def test_a_program_has_no_children(program: str) -> None:
+    fails(program, "failed: PermissionError: .*")
+
+
+@pytest.mark.skipif(not SECCOMP and os.geteuid() == 0, reason="without a filter, RLIMIT_NPROC doesn't bind root")
+def test_nobody_outlives_a_program(marker: str) -> None:
+    """Not a child, and not a grandchild in a session of its own; whether they can't begin or are killed."""
+    run_program(f"""
+import os, time
+try:
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execv("/bin/sh", ["sh", "-c", "sleep 30; : {marker}"])
+        os.execv("/bin/sh", ["sh", "-c", "sleep 30; : {marker}"])
+finally:
+    time.sleep(0.3)
+""")
+    assert processes(marker) == []
+
+
+def test_the_process_group_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
+    """Where children can't be forbidden: here those of an interpreter that starts one before it gives up rights."""
+    use_interpreter(f"sh -c 'sleep 30; : {marker}' & exec", tmp_path, monkeypatch)
+    passes("import time; time.sleep(0.3)")
+    time.sleep(0.1)
+    assert processes(marker) == []
+
+
+@needs_seccomp
+@pytest.mark.parametrize(
+    "call",
+    ["os.kill(os.getppid(), 0)", "os.kill(0, 0)", "os.kill(-1, 0)", "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)"],
+)
+def test_a_program_signals_nobody_else(call: str) -> None:
+    fails(f"import os, signal; {call}", "failed: PermissionError: .*")
+
+
+@needs_seccomp
+def test_every_call_of_the_filter_is_denied() -> None:
+    calls, denied = sandbox.MACHINES[platform.machine()]
+    passes(f"""
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+def error(number, *arguments):
+    assert libc.syscall(number, *arguments, 0, 0, 0, 0) == -1, number
+    return errno.errorcode[ctypes.get_errno()]
+assert [(number, error(number)) for number in {denied} if error(number) != "EPERM"] == []
+assert [error({calls["kill"]}, os.getppid()), error({calls["tgkill"]}, os.getppid(), os.getppid())] == ["EPERM"] * 2
+assert error({calls["clone"]}) == "EPERM" and error({sandbox.CLONE3}) == "ENOSYS"
+assert error(0x40000000 | {calls["kill"]}, os.getpid()) == "EPERM", "x32"
+""")
+
+
+@needs_linux
+def test_a_program_dies_with_its_parent(tmp_path: Path) -> None:
+    code = "from mikv.tasks.sandbox import run_program; run_program('import time; time.sleep(60)')"
+    environment = {"TMPDIR": str(tmp_path)}  # a parent that is killed doesn't remove its temporary files
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parents[2], env=environment)
+    try:
+        children: list[str] = []
+        deadline = time.monotonic() + 10
+        while not children and time.monotonic() < deadline:
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            time.sleep(0.3)  # long enough for the interpreter to give up rights
+        (child,) = children
+    finally:
+        parent.kill()
+        parent.wait()
+    time.sleep(0.1)
+    status = Path(f"/proc/{child}/status")
+    alive = status.exists() and "State:\tZ" not in status.read_text()
+    if alive:
+        os.kill(int(child), signal.SIGKILL)
+    assert not alive
+
+
+# --- network and files ---
+
+
+@needs_seccomp
+def test_the_network_is_cut() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        fails(f"import socket; socket.create_connection({server.getsockname()!r}, 1)", "failed: PermissionError: .*")
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "PYTHONPATH", "HOME"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
+    known = {"PYTHONHASHSEED", "LD_LIBRARY_PATH", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"}  # the last two are Python's, macOS's
+    passes(f"import os; assert set(os.environ) <= {known} and os.environ['LD_LIBRARY_PATH'] == '/nowhere', set(os.environ)")
+
+
+@needs_landlock
+def test_the_environment_of_the_parent_cannot_be_read() -> None:
+    fails("import os; open(f'/proc/{os.getppid()}/environ').read()", "failed: PermissionError: .*")
+
+
+def test_a_program_sees_the_standard_library_alone() -> None:
+    passes("import sys; assert not any('site-packages' in p or 'mikv' in p for p in sys.path) and '' not in sys.path, sys.path")
+
+
+def test_the_standard_files_lead_nowhere() -> None:
+    """Above all not to the file that the interpreter read: the token stands in it."""
+    passes("""
+import os, sys
+os.lseek(0, 0, os.SEEK_SET)
+assert os.read(0, 9) == b"" and sys.stdin.read() == ""
+assert {os.fstat(fd).st_rdev for fd in (0, 1, 2)} == {os.stat(os.devnull).st_rdev}
+""")
+
+
+def test_the_working_directory_is_empty_and_goes() -> None:
+    outcome = run_program("import os; assert os.listdir() == []; raise ValueError(os.getcwd())")
+    directory = Path(outcome.reason.removeprefix("failed: ValueError: "))
+    assert directory.is_absolute()
+    assert directory != Path.cwd()
+    assert not directory.exists()
+
+
+def test_a_program_writes_not_one_byte() -> None:
+    fails("with open('big', 'wb') as file: file.write(bytes(1 << 30))", "failed: (PermissionError|OSError): .*")
+    if LINUX:  # Landlock doesn't see these
+        fails("import os; os.write(os.memfd_create('big'), b'x')", r"failed: OSError: .*File too large")
+
+
+@needs_landlock
+@pytest.mark.parametrize(
+    "act",
+    [
+        "os.remove({0!r})",
+        "os.rename({0!r}, {0!r} + '2')",
+        pytest.param("os.truncate({0!r}, 0)", marks=pytest.mark.skipif(LANDLOCK < 3, reason="needs Linux 6.2")),
+        "open({0!r}, 'w')",
+        "open({0!r}, 'r+')",
+        "open('x', 'w')",
+        "os.mkdir({0!r} + '2')",
+        "os.symlink('/', {0!r} + '2')",
+        "os.rmdir(os.path.dirname({0!r}) + '/empty')",
+    ],
+)
+def test_files_are_safe(act: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("work")
+    fails(f"import os; {act.format(str(precious))}", "failed: (PermissionError|OSError): .*")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "precious"]
+    assert precious.read_text() == "work"
+
+
+@needs_landlock
+def test_devnull_may_be_written() -> None:
+    passes("import contextlib, os\nwith open(os.devnull, 'w') as n, contextlib.redirect_stdout(n): print('x')")
+
+
+# --- what is not the program's doing ---
+
+
+def use_interpreter(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put words of the shell before the interpreter."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\n{words} "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+def test_a_broken_interpreter_is_not_a_failed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("echo no libpython >&2; exit 127", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"status 127\): no libpython"):
+        run_program("pass")
+
+
+def test_of_an_interpreters_output_the_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("head -c 1000000 /dev/zero; echo the end; exit 1", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match="the end") as caught:
+        run_program("pass")
+    assert len(str(caught.value)) < sandbox.OUTPUT_BYTES + 100
+
+
+def test_an_interpreter_that_hangs_is_not_a_failed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("sleep 20; exec", tmp_path, monkeypatch)
+    monkeypatch.setattr(sandbox, "STARTUP_SECONDS", 0.2)
+    with pytest.raises(RuntimeError, match="did not start"):
+        run_program("pass")
+
+
+def test_the_start_of_the_interpreter_is_not_the_programs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("sleep 1; exec", tmp_path, monkeypatch)
+    passes("import time; time.sleep(0.2)", Limits(seconds=0.8))
+
+
+@needs_seccomp
+@needs_landlock
+def test_a_machine_that_confines_everything_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        passes("pass")
+
+
+@needs_linux
+@pytest.mark.skipif(not shutil.which("setarch"), reason="needs setarch, to be another machine")
+def test_a_machine_without_a_filter_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("exec setarch i686", tmp_path, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="may reach the network and other processes"):
+        passes("import resource; assert resource.getrlimit(resource.RLIMIT_NPROC) == (1, 1)")
+
+
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        with pytest.raises(RuntimeError, match="Windows"):
+            run_program("pass")
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"seconds": float("inf")}, {"seconds": float("nan")}, {"memory_mb": 63}])
+def test_limits_must_make_sense(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="needs some time"):
+        Limits(**wrong)  # type: ignore[arg-type]

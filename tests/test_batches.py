@@ -1,0 +1,178 @@
+"""Requests in any order and of any kind: each is answered once, and shared work is done once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import engine, prompt, tokens
+
+from mikv.batches import Batch, Generating, OutOfMemory, Request, plan, serve
+from mikv.config import policy
+from mikv.decoding import Decoding, Sampling
+from mikv.engine import Engine, Generation, Prompt, Scores, Scoring
+
+PANEL = [policy("full"), policy("mikv")]
+
+
+def few_shot(shared: int, suffix: int, seed: int = 0, prefix_seed: int = 9) -> Prompt:
+    return Prompt([*tokens(shared, seed=prefix_seed), *tokens(suffix, seed=seed)], [7])
+
+
+def batches(requests: list[Request], size: int = 4) -> list[Batch]:
+    return list(plan(requests, size))
+
+
+def test_every_request_is_in_one_batch_and_kinds_do_not_mix() -> None:
+    ways = [Decoding(3), Decoding(4), Decoding(3, Sampling())]
+    requests: list[Request] = [Generating(prompt(20 + i, seed=i), ways[i % 3]) for i in range(10)]
+    requests += [Scoring(prompt(20 + i, seed=50 + i), [[1], [2, 3]]) for i in range(7)]
+    planned = batches(requests)
+    owners = [owner for batch in planned for merged in batch.prompts for owner in merged.owners]
+    assert sorted(owners) == list(range(17))
+    for batch in planned:
+        assert 1 <= len(batch.prompts) <= 4
+        for merged in batch.prompts:
+            for owner in merged.owners:
+                request = requests[owner]
+                assert batch.decoding == (request.decoding if isinstance(request, Generating) else None)
+    scoring = [merged.prompt.tokens for batch in planned if batch.decoding is None for merged in batch.prompts]
+    assert scoring == sorted(scoring, reverse=True)  # the longest first
+
+
+def test_equal_prompts_are_one_and_equal_continuations_too() -> None:
+    same = prompt(20)
+    requests: list[Request] = [
+        Scoring(same, [[1], [2, 3]]),
+        Scoring(prompt(20, seed=1), [[1]]),
+        Scoring(Prompt(list(same.context), list(same.question)), [[4], [2, 3], [1]]),
+    ]
+    (batch,) = batches(requests)
+    merged = next(m for m in batch.prompts if len(m.owners) == 2)
+    assert merged.owners == [0, 2]
+    assert merged.continuations == [(1,), (2, 3), (4,)]
+    assert merged.places == [[0, 1], [2, 1, 0]]
+
+
+def test_sampled_repeats_are_prompts_of_their_own() -> None:
+    once = prompt(20)
+    sampled = Decoding(3, Sampling())
+    requests: list[Request] = [Generating(Prompt(once.context, once.question, r), sampled) for r in (0, 1, 1)]
+    (batch,) = batches(requests)
+    assert sorted(merged.owners for merged in batch.prompts) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("shared", "suffixes", "wanted"),
+    [
+        (40, (5, 9, 7), 40),
+        (40, (35, 9, 7), 40),  # at least half of the longest
+        (31, (5, 9, 7), 0),  # too short to be worth a pass
+        (40, (60, 61, 62), 0),  # less than half of each
+        (40, (5,), 0),  # nobody to share with
+    ],
+)
+def test_long_common_prefixes_are_found(shared: int, suffixes: tuple[int, ...], wanted: int) -> None:
+    requests: list[Request] = [Scoring(few_shot(shared, n, seed=n), [[1]]) for n in suffixes]
+    for batch in batches(requests):
+        first = batch.prompts[0].prompt.context
+        assert batch.shared == wanted
+        assert all(m.prompt.context[: batch.shared] == first[: batch.shared] for m in batch.prompts)
+        assert all(len(m.prompt.context) > batch.shared for m in batch.prompts)
+
+
+def test_subjects_with_prefixes_of_their_own_do_not_spoil_each_other() -> None:
+    """As MMLU's: a common beginning of all, a long prefix of each subject."""
+    start = tokens(12, seed=3)
+    requests: list[Request] = []
+    for subject in range(3):
+        examples = [*start, *tokens(60, seed=100 + subject)]
+        requests += [Scoring(Prompt([*examples, *tokens(8 + i, seed=10 * subject + i)], [7]), [[1]]) for i in range(5)]
+    order = [0, 5, 10, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14]
+    planned = batches([requests[i] for i in order])
+    assert sorted(len(batch.prompts) for batch in planned) == [1, 1, 1, 4, 4, 4]
+    assert all(batch.shared == 72 for batch in planned)
+
+
+def test_a_prompt_that_is_the_others_prefix_is_served() -> None:
+    """Each prompt keeps a token of its own behind what is shared."""
+    long = tokens(60, seed=9)
+    requests: list[Request] = [Scoring(Prompt(long[:n], [7]), [[1], [2, 3]]) for n in (50, 51, 60, 50)]
+    (batch,) = batches(requests)
+    assert batch.shared == 49
+    served = list(serve(engine(), requests, PANEL, 4, fidelity=False))
+    assert sorted(i for part in served for i in part.responses) == [0, 1, 2, 3]
+
+
+def test_empty_and_one_token_contexts_are_served() -> None:
+    requests: list[Request] = [Scoring(Prompt(c, [7]), [[1]]) for c in ([], [5], [], [5, 6])]
+    done = {i: r for part in serve(engine(), requests, PANEL, 4, fidelity=False) for i, r in part.responses.items()}
+    assert sorted(done) == [0, 1, 2, 3]
+    assert done[0] == done[2]
+
+
+def mixed() -> list[Request]:
+    requests: list[Request] = [Scoring(few_shot(40, 5 + i, seed=i), [[1], [2, 3, 4]]) for i in range(5)]
+    requests += [Generating(few_shot(40, 5 + i, seed=i), Decoding(4)) for i in range(3)]
+    requests += [Scoring(requests[1].prompt, [[9, 9], [1]]), Generating(prompt(11), Decoding(4))]
+    return requests
+
+
+def test_what_is_served_is_what_the_engine_says_to_each_alone() -> None:
+    requests, run = mixed(), engine()
+    done = {i: r for part in serve(run, requests, PANEL, 3, fidelity=True) for i, r in part.responses.items()}
+    assert sorted(done) == list(range(len(requests)))
+    for i, request in enumerate(requests):
+        if isinstance(request, Generating):
+            alone: Any = run.generate([request.prompt], PANEL, request.decoding, fidelity=True)
+        else:
+            alone = run.score([request], PANEL)
+        for mine, (other,) in zip(done[i], alone, strict=True):
+            assert mine.usage == other.usage
+            if isinstance(mine, Generation):
+                assert mine.tokens == other.tokens
+                assert list(mine.fidelity or ()) == pytest.approx(list(other.fidelity), abs=2e-3)
+            else:
+                assert [c.logprob for c in mine.continuations] == pytest.approx(
+                    [c.logprob for c in other.continuations], abs=1e-2
+                )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("not enough memory: you tried")])
+@pytest.mark.parametrize("method", ["score", "generate"])
+def test_out_of_memory_halves_the_batch(
+    method: str, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = getattr(Engine, method)
+    sizes: list[int] = []
+
+    def narrow(self: Engine, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise error
+        return whole(self, prompts, *rest)
+
+    monkeypatch.setattr(Engine, method, narrow)
+    done = {i: r for part in serve(engine(), mixed(), PANEL, 4, fidelity=False) for i, r in part.responses.items()}
+    assert sorted(done) == list(range(len(mixed())))
+    assert max(sizes) > 2
+    assert "out of memory with" in capsys.readouterr().out
+
+
+def test_a_single_prompt_that_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "score", full)
+    with pytest.raises(OutOfMemory, match=r"single prompt of 20 tokens and 2 policies.*reader=packed"):
+        list(serve(engine(), [Scoring(prompt(20), [[1]])], PANEL, 4, fidelity=False))
+
+
+def test_time_is_reported_with_each_batch() -> None:
+    for part in serve(engine(), mixed(), PANEL, 3, fidelity=True):
+        assert part.seconds.prefill > 0
+        assert part.seconds.decode > 0
+        generated = all(isinstance(r, Generation) for by_policy in part.responses.values() for r in by_policy)
+        assert (part.seconds.fidelity > 0) == generated
+        assert all(isinstance(r, Scores | Generation) for by_policy in part.responses.values() for r in by_policy)
