@@ -65,9 +65,12 @@ def serve(
     Raises:
         OutOfMemory: a single prompt does not fit.
     """
-    for batch in plan(requests, batch_size):
-        for part, responses in _fitting(engine, batch, panel, fidelity):
-            yield Served(part.scatter(responses), engine.take_seconds())
+    try:
+        for batch in plan(requests, batch_size):
+            for part, responses in _fitting(engine, batch, panel, fidelity):
+                yield Served(part.scatter(responses), engine.take_seconds())
+    finally:
+        engine.forget_prefix()
 
 
 @dataclass

@@ -175,6 +175,10 @@ class Engine:
             )
         return cache.state(torch.tensor([_name(context) for context in contexts]))
 
+    def forget_prefix(self) -> None:
+        """Let go of the last shared prefix: nothing more is to come that begins with it."""
+        self._prefix = None
+
     def _shared_prefix(self, tokens: Sequence[int], observers: frozenset[Observer]) -> PrefillState:
         key = (tuple(tokens), observers)
         if self._prefix is None or self._prefix[0] != key:

@@ -11,6 +11,7 @@ from mikv.cache import prefill
 from mikv.config import policy
 from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
+from mikv.importance.scores import ColumnSums
 
 
 def test_with_the_full_cache_a_hidden_question_changes_no_answer() -> None:
@@ -54,7 +55,7 @@ def test_the_balancers_maxima_are_over_the_whole_group(
 
     monkeypatch.setattr(prefill, "causal_attention", spy)
     shape = {"query_heads": query_heads, "kv_heads": kv_heads, "hidden_size": 16 * query_heads}
-    bank = Engine(model(**shape), NO_END, 257).prefill([tokens(30)]).banks[0]
+    bank = Engine(model(**shape), NO_END, 257).prefill([tokens(30)], {ColumnSums()}).banks[0]
     for layer, (query, key) in enumerate(seen):
         for head in range(kv_heads):
             group = query[0, head * query_heads // kv_heads : (head + 1) * query_heads // kv_heads]

@@ -182,6 +182,18 @@ def test_a_shared_prefix_changes_nothing(lengths: tuple[int, ...], architecture:
     assert torch.equal(whole.rows, forked.rows)
 
 
+def test_nothing_of_unwritten_memory_gets_in() -> None:
+    """Columns of padding are never written behind a shared prefix; 0 times what lies there must be 0."""
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        shared = tokens(30, seed=9)
+        asked = [Scoring(Prompt([*shared, *tokens(n, seed=n)], [7]), [[1, 2]]) for n in (3, 11)]
+        for scores in engine().score(asked, PANEL, shared=30):
+            assert all(c.logprob == c.logprob and c.fidelity.kl == c.fidelity.kl for s in scores for c in s.continuations)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_shared_prefix_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = engine()
     fed: list[int] = []

@@ -44,12 +44,13 @@ def causal_attention(
         block = grouped[:, :, :, start : start + QUERY_BLOCK]
         first = columns - queries + start
         end = first + block.shape[3]
-        scores = torch.matmul(block.flatten(2, 3), key[:, :, :end].transpose(2, 3)) * scaling
+        scores = torch.matmul(block.flatten(2, 3), key[:, :, :end].transpose(2, 3)).mul_(scaling)
         scores = scores.unflatten(2, (-1, block.shape[3]))  # [B, H, G, q, T']
-        allowed = column[:end] <= column[first:end, None]
+        # only the columns of the block itself can lie in the future of one of its queries
+        scores[..., first:].masked_fill_(column[first:end] > column[first:end, None], blocked)
         if padding is not None:
-            allowed = allowed & padding[:, None, None, None, :end]
-        probs = torch.softmax(scores.masked_fill(~allowed, blocked), dim=-1, dtype=torch.float32)
+            scores.masked_fill_(~padding[:, None, None, None, :end], blocked)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
         if watch is not None:
             watch(probs, first)
         outputs.append(torch.matmul(probs.to(value.dtype).flatten(2, 3), value[:, :, :end]).unflatten(2, block.shape[2:4]))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mikv.attention.fused import fused_causal_attention
 from mikv.attention.reference import causal_attention
 from mikv.importance.base import Observer, ObserverState
 from mikv.types import Geometry, Lengths
@@ -108,6 +109,7 @@ class _CollectingBank:
         self.query_absmax = torch.zeros((len(layers), batch, heads, dim), device=device)
         self.key_absmax = torch.zeros_like(self.query_absmax)
         self.real = lengths.positions(device) >= 0
+        self.padding = self.real if lengths.padding.any() else None
         geometry = geometry._replace(layers=len(layers))
         self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
         self.prefix, self.shared = prefix, 0
@@ -173,7 +175,10 @@ class _PrefillLayer(CacheLayerMixin):
             for state in bank.watching.values():
                 state.block(layer, probs, first, real_queries)
 
-        return causal_attention(query, key, value, scaling, bank.real, watch if bank.watching else None)
+        # in 16 bits the fused kernel rounds otherwise, and a panel that is watched would not be its policies alone
+        if bank.watching or query.dtype != torch.float32:
+            return causal_attention(query, key, value, scaling, bank.padding, watch if bank.watching else None)
+        return fused_causal_attention(query, key, value, scaling, bank.padding)
 
     def get_seq_length(self) -> int:
         return self._seen

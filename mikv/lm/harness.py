@@ -183,6 +183,10 @@ class HarnessWork:
     def units(self) -> list[Unit]:
         return self._units
 
+    def instances(self) -> list[Instance]:
+        """lm-eval's requests, all of them."""
+        return [instance for instances in self._instances.values() for instance in instances]
+
     def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
         if self._lm is None:
             self._lm = PanelLM(loaded, seed=self._seed, window=self._harness.window, head=self._harness.head)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lm_eval
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from mikv.lm.harness import Harness
@@ -48,3 +49,11 @@ def evaluate_plain(
             sample = samples.setdefault((task, one["doc_id"]), {"replies": one["resps"], "metrics": {}})
             sample["metrics"] |= {f"{metric},{one['filter']}": one[metric] for metric in one["metrics"]}
     return results["results"], samples
+
+
+def plain_requests(harness: Harness, spec: ModelSpec, limit: int | None, seed: int) -> tuple[str, list[Instance]]:
+    """The requests that lm-eval makes of the tasks, and the method of its model that answers them."""
+    work = harness.open(spec, limit, seed, "visible")
+    instances = work.instances()
+    (method,) = {instance.request_type for instance in instances}
+    return method, instances

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mikv.attention import reference
+from mikv.attention.fused import fused_causal_attention
 from mikv.attention.reference import causal_attention, decode_attention
 
 # fp32: rounding of a few hundred additions; 16 bits: the inputs' own rounding
@@ -98,6 +99,30 @@ def test_what_is_absent_may_hold_anything_finite() -> None:
     clean = decode_attention(q, k, v, present, 0.125)
     k[:, :, 3:6], v[:, :, 3:6] = 1e6, -1e6
     assert all(torch.equal(a, b) for a, b in zip(clean, decode_attention(q, k, v, present, 0.125), strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (1, 40), (7, 7), (256, 256), (257, 300), (300, 300), (90, 400)])
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((9, 3), 64), ((4, 1), 128), ((8, 1), 64)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_both_causal_attentions_agree_also_for_the_last_queries_only(
+    dtype: torch.dtype, queries: int, tokens: int, heads: tuple[int, int], dim: int, padded: bool
+) -> None:
+    """With a shared prefix the queries are the last of the columns; padding may reach into them."""
+    q, k, v = inputs(tokens, heads, dim, dtype)
+    q = q[:, :, -queries:]
+    padding = torch.ones(2, tokens, dtype=torch.bool)
+    if padded:
+        padding[1, : tokens - queries + queries // 3] = False
+    mask = padding if padded else None
+    causal = torch.ones(tokens, tokens).tril().bool()[-queries:]
+    out, _ = naive(q, k, v, dim**-0.5, (causal & padding[:, None, None, :]).expand(2, heads[1], queries, tokens))
+    real = padding[:, -queries:]
+    for attention in (causal_attention, fused_causal_attention):
+        got = attention(q, k, v, dim**-0.5, mask)
+        assert got.shape == (2, queries, heads[0], dim)
+        assert got.isfinite().all()
+        assert (got.double() - out)[real].abs().max() <= TOLERANCE[dtype]
 
 
 def test_memory_of_prefill_attention_is_linear() -> None:
