@@ -32,10 +32,12 @@ def main(config: DictConfig) -> None:
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
     from mikv.runner import RunError, execute
+    from mikv.work.base import DataUnavailable
 
+    known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported)
     try:
         execute(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
-    except (ValueError, FileNotFoundError, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported) as error:
+    except known as error:
         if os.environ.get("MIKV_DEBUG"):
             raise
         print(f"\nerror: {error}", file=sys.stderr)

@@ -90,6 +90,16 @@ aggregate_metric_list:
   - {metric: acc, aggregation: mean, weight_by_size: true}
 metadata: {version: 1}
 """,
+    "own_bare": """
+task: own_bare
+dataset_path: somewhere/own_answer
+output_type: loglikelihood
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{answer}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
     "own_code": """
 task: own_code
 dataset_path: somewhere/own_answer

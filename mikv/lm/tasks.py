@@ -22,16 +22,14 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from mikv.work.base import DataUnavailable
+
 # File names that follow no rule, by the hub's name of the data set and the split.
 _PUBLISHED = {
     ("openai/openai_humaneval", "test"): "HumanEval.jsonl",
     ("EleutherAI/wikitext_document_level", "test"): "test_pages.jsonl",
 }
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-
-
-class DataUnavailable(RuntimeError):
-    """A task's data can't be had; the message says how to get them."""
 
 
 class Catalogue:
@@ -120,12 +118,14 @@ class Catalogue:
     def _task(self, name: str, data_dir: str | None) -> Task:
         entry = self._manager.task_index.get(name)
         config = self._own.get(name) or (entry.cfg if entry is not None else None) or {}
-        changes: dict[str, Any] = dict(self._own.get(name, {}))
+        changes: dict[str, Any] = {}
         if data_dir is not None:
             changes |= {"custom_dataset": None, **_local(name, config, Path(data_dir).expanduser())}
+        # in a group, changes are laid over the task's own YAML; without, they are all there is
+        whole = {**config, **changes} if name in self._own else {"group": name, "task": [{"task": name, **changes}]}
         try:
             with _quiet():
-                return self._manager.load([{"group": name, "task": [{"task": name, **changes}]}])["tasks"][name]
+                return self._manager.load([whole])["tasks"][name]
         except (OSError, ConnectionError, ValueError, RuntimeError) as error:
             if data_dir is not None:
                 raise

@@ -18,6 +18,10 @@ from mikv.models.load import Loaded, ModelSpec
 Row = dict[str, Any]
 
 
+class DataUnavailable(RuntimeError):
+    """A task's data can't be had; the message says how to get them."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One sample.
@@ -87,7 +91,7 @@ class Openable(Protocol):
     name: str
 
     def open(self, spec: ModelSpec, limit: int | None, seed: int, question: str) -> Work:
-        """Find the data and make the units. Raises ValueError or OSError with a message for the user."""
+        """Find the data and make the units. Raises ValueError, OSError, DataUnavailable."""
         ...
 
     def identity(self) -> Mapping[str, Any]:
