@@ -69,7 +69,8 @@ def suggest(arguments: list[str]) -> None:
     for name, _ in given:
         parent, dot, last = name.rpartition(".")
         options = OmegaConf.select(known, parent) if parent else known
-        if isinstance(options, DictConfig) and last not in options and last not in GROUPS:
+        # not `last not in options`: an option that must be set (???) is not "in" them
+        if isinstance(options, DictConfig) and last not in map(str, options) and last not in GROUPS:
             for near in get_close_matches(last, map(str, options), 1):
                 print(f"there is no option {name}: did you mean {parent}{dot}{near}?", file=sys.stderr)
 

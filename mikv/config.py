@@ -38,6 +38,8 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError, ValueError, OSError: with a message for the user.
     """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)} must be set, for example task=lm_eval task.name=hellaswag")
     panel, title = _panel(config, chosen)
     task = OmegaConf.to_container(config.task, resolve=True)
     assert isinstance(task, dict)

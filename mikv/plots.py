@@ -22,7 +22,14 @@ _OTHER = ("#56B4E9", "X")
 
 
 def curve(ax: Any, rows: Sequence[Row]) -> Any:
-    """Score (with its 95 % interval) against the counted size of the cache, a point per policy."""
+    """Score (with its 95 % interval) against the counted size of the cache, a point per policy.
+
+    A divergence spans orders of magnitude: it is drawn on a logarithmic scale, without the full cache, whose own is 0.
+    """
+    logarithmic = rows[0]["metric"] == "kl" and any(row["value"] > 0 for row in rows)
+    if logarithmic:
+        rows = [row for row in rows if row["value"] > 0]
+        ax.set_yscale("log", nonpositive="clip")
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size_percent"])
         colour, marker = _STYLE.get(name, _OTHER)
@@ -56,12 +63,10 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     from adjustText import adjust_text
 
     texts = []
-    low, high = ax.get_ylim()
-    above = 0.02 * (high - low)
     for row in rows:
         short = row["label"].replace(row["policy"], "").strip() or row["policy"]
         colour = _STYLE.get(row["policy"], _OTHER)[0]
-        texts.append(ax.text(row["size_percent"] + 1, row["value"] + above, short, fontsize=7, color=colour))
+        texts.append(ax.text(row["size_percent"] + 1, row["value"], short, fontsize=7, color=colour))
     adjust_text(
         texts,
         x=[row["size_percent"] for row in rows],

@@ -22,7 +22,7 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
     )
     table.add_column("policy", no_wrap=True)
     others = [name for name in first["scores"] if name != first["metric"]]
-    paired = "difference" in first
+    paired = "difference" in first and first["metric"] != "kl"  # a divergence is a difference to full
     columns = [*others, "size %", "paper %", *(["vs full", "lost", "gained"] if paired else [])]
     columns += [*(["kl", "agree"] if "kl" in first and first["metric"] != "kl" else ["agree"] if "kl" in first else []), *flags]
     table.add_column(first["metric"].replace("_", " "), justify="right", no_wrap=True)

@@ -278,6 +278,8 @@ def test_a_sweep_runs_its_jobs_one_after_the_other(tmp_path: Path) -> None:
         (["policy.kep=0.1"], "did you mean policy.keep"),
         (["policy.keep=2"], "2 is no ratio"),
         (["task=linerecal"], "did you mean task=linerecall?"),
+        (["task=lm_eval"], "task.name must be set"),
+        (["task=humaneval", "allow_code_execution=true", "task.data_dir=nowhere"], "task.data_dir=nowhere is not a folder"),
     ],
 )
 def test_the_command_line_answers_a_slip_with_the_nearest_name(arguments: list[str], message: str) -> None:

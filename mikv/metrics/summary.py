@@ -24,11 +24,14 @@ def stderr(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
-def interval(values: Sequence[float]) -> list[float] | None:
-    """95 % interval of the mean: Wilson's for outcomes that are right or wrong, else the normal one."""
+def interval(values: Sequence[float], outcomes: bool = True) -> list[float] | None:
+    """95 % interval of the mean: Wilson's for outcomes that are right or wrong, else the normal one.
+
+    outcomes: values that are all 0 or 1 are outcomes (a divergence of 0 is none).
+    """
     if not values:
         return None
-    if set(values) <= {0.0, 1.0}:
+    if outcomes and set(values) <= {0.0, 1.0}:
         wilson = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
         return [float(wilson.low), float(wilson.high)]
     error = stderr(values)
@@ -64,7 +67,7 @@ def summarize(
         "n": len(scores) or n,
         "samples": n,
         "stderr": stderr(scores) if is_mean else None,
-        "ci95": interval(scores) if is_mean else None,
+        "ci95": interval(scores, not lower_is_better) if is_mean else None,
         "size_percent": 100 * stored / whole,
         "nbytes": {part: size / n for part, size in sorted(nbytes.items())},
         "full_nbytes": whole / n,
