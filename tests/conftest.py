@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Kernels run in Triton's interpreter, on the CPU. It must be known before anything imports triton.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.types": (),
     "mikv.fingerprint": (),
     "mikv.quant": ("mikv.types", "mikv.quant"),
+    "mikv.kernels": ("mikv.types", "mikv.quant", "mikv.kernels"),
     "mikv.importance": ("mikv.types", "mikv.importance"),
     "mikv.policy": ("mikv.types", "mikv.quant", "mikv.importance"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
