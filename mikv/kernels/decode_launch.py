@@ -33,11 +33,11 @@ def tile(key_bits: int, value_bits: int) -> Tile:
     """Chosen by the compiler's own figures (scripts/inspect_kernels.py): fewest instructions without a spill.
 
     One warp keeps probabilities in registers between the two products. 16-bit tiles are so large that two warps share
-    them. Two stages for wide codes: a third would cost more programs per processor than it hides.
+    them. Wide codes have two tiles under way: a third would cost programs, and more bytes are under way already.
     """
     if key_bits == value_bits == 16:
         return Tile(64, 2, 2)
-    return Tile(64, 1, 2 if max(key_bits, value_bits) >= 8 else 3)
+    return Tile(64, 1, 2 if max(key_bits, value_bits) >= 4 else 3)
 
 
 def padded_heads(group_heads: int, groups: int) -> int:
@@ -61,7 +61,7 @@ def decode_constants(group_heads: int, dim: int, groups: int, key_bits: int, val
 
 
 def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float, split_tokens: int | None = None) -> Attention:
-    """As mikv.kernels.reference.decode_attention; products in FP16 (BF16 where 16-bit vectors are), sums in FP32.
+    """As mikv.kernels.decode_reference.decode_attention; products in FP16 (BF16 where 16-bit vectors are), sums in FP32.
 
     split_tokens: length of a stretch, a multiple of 64; None = so that the GPU is full.
     """

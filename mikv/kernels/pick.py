@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mikv.kernels import reference
+from mikv.kernels import columns_reference, decode_reference, encode_reference
 from mikv.kernels.launch import interpreted
-from mikv.kernels.segments import Attention, Segment
+from mikv.kernels.segments import Attention, Segment, Vectors
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -35,9 +35,61 @@ def picked(device: torch.device, implementation: str | None = None) -> str:
 def decode_attention(
     query: Tensor, segments: Sequence[Segment], scaling: float, implementation: str | None = None
 ) -> Attention:
-    """See mikv.kernels.reference.decode_attention."""
+    """See mikv.kernels.decode_reference.decode_attention."""
     if picked(query.device, implementation) == "reference":
-        return reference.decode_attention(query, segments, scaling)
+        return decode_reference.decode_attention(query, segments, scaling)
     from mikv.kernels import decode_launch
 
     return decode_launch.decode_attention(query, segments, scaling)
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    scaling: float,
+    padding: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """See mikv.kernels.columns_reference.column_sums. lse None = it is computed here, at the price of a second pass."""
+    if picked(query.device, implementation) == "reference":
+        lse = columns_reference.log_sum_exp(query, key, scaling, padding) if lse is None else lse
+        return columns_reference.column_sums(query, key, lse, scaling, padding)
+    from mikv.kernels import columns_launch
+
+    lse = columns_launch.log_sum_exp(query, key, scaling, padding) if lse is None else lse
+    return columns_launch.column_sums(query, key, lse, scaling, padding)
+
+
+def encode(
+    x: Tensor,
+    bits: int,
+    groups: int,
+    balancer: Tensor | None = None,
+    take: Tensor | None = None,
+    implementation: str | None = None,
+) -> Vectors:
+    """See mikv.kernels.encode_reference.encode."""
+    if picked(x.device, implementation) == "reference":
+        return encode_reference.encode(x, bits, groups, balancer, take)
+    from mikv.kernels import encode_launch
+
+    return encode_launch.encode(x, bits, groups, balancer, take)
+
+
+def demote(
+    source: Vectors,
+    target: Vectors,
+    take: Tensor,
+    put: Tensor,
+    where: Tensor | None = None,
+    balancer: Tensor | None = None,
+    implementation: str | None = None,
+) -> None:
+    """See mikv.kernels.encode_reference.demote."""
+    if picked(source.data.device, implementation) == "reference":
+        encode_reference.demote(source, target, take, put, where, balancer)
+        return
+    from mikv.kernels import encode_launch
+
+    encode_launch.demote(source, target, take, put, where, balancer)

@@ -30,7 +30,9 @@ def guard_is_whole(x: Tensor) -> bool:
     """Whether nothing was written around a poisoned buffer."""
     memory = torch.as_strided(x, (x.numel() + 2 * GUARD,), (1,), x.storage_offset() - GUARD)
     around = torch.cat((memory[:GUARD], memory[-GUARD:]))
-    return bool(around.isnan().all())
+    if x.is_floating_point():
+        return bool(around.isnan().all())
+    return bool((around == (255 if x.dtype == torch.uint8 else -1)).all())
 
 
 def vectors(x: Tensor, bits: int, group: int, dtype: torch.dtype, used: Tensor) -> Vectors:

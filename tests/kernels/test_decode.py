@@ -9,24 +9,26 @@ import pytest
 import torch
 from kernel_inputs import MASS_TOLERANCE, TOLERANCE, naive, query, segment
 
-from mikv.kernels import decode_launch, reference
+from mikv.kernels import decode_launch, decode_reference
 from mikv.kernels.segments import Segment
 
 BITS = (16, 8, 4, 3, 2)
+
+
+def largest_value(s: Segment, dim: int) -> float:
+    values = decode_reference.read(s.values, dim).abs()
+    held = decode_reference.held(s)[:, None, :, None]
+    return float(values.where(held, torch.zeros(())).max()) if values.numel() else 0.0
 
 
 def check(q: torch.Tensor, segments: list[Segment], split_tokens: int = 128, scaling: float | None = None) -> None:
     """Both implementations against the naive one, within the tolerance of the query's dtype."""
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     wanted, wanted_mass = naive(q, segments, scaling)
-    largest = max(
-        [1e-30]
-        + [float(reference.read(s.values, q.shape[-1])[reference.held(s)[:, None].expand(s.keys.data.shape[:3])].abs().max())
-           for s in segments if reference.held(s).any()]
-    )  # fmt: skip
+    largest = max(1e-30, *(largest_value(s, q.shape[-1]) for s in segments))
     group = q.shape[1] // segments[0].keys.data.shape[1]
     kernel = decode_launch.decode_attention(q, segments, scaling, split_tokens)
-    for name, got in (("kernel", kernel), ("reference", reference.decode_attention(q, segments, scaling))):
+    for name, got in (("kernel", kernel), ("reference", decode_reference.decode_attention(q, segments, scaling))):
         assert got.out.dtype == q.dtype
         error = float((got.out.double() - wanted).abs().max()) / largest
         assert error <= TOLERANCE[q.dtype], f"{name}: {error:.1e} of the largest value"
@@ -38,7 +40,7 @@ def check(q: torch.Tensor, segments: list[Segment], split_tokens: int = 128, sca
             assert mine.dtype == torch.float32
             error = float((mine.double() - theirs).abs().max()) if mine.numel() else 0.0
             assert error <= MASS_TOLERANCE[q.dtype] * group, f"{name}: mass {error:.1e}"
-            absent = ~reference.held(s)[:, None].expand(mine.shape)
+            absent = ~decode_reference.held(s)[:, None].expand(mine.shape)
             assert (mine[absent] == 0).all()
 
 
@@ -98,7 +100,7 @@ def test_the_newest_pair_beside_the_tiers() -> None:
 
 def test_a_row_that_holds_nothing_gives_zeros() -> None:
     q, empty = query(2, 2, 64, torch.float16), segment(9, 2, 1, 20, 64, 4, 4, stop=[0, 20])
-    for got in (decode_launch.decode_attention(q, [empty], 0.125), reference.decode_attention(q, [empty], 0.125)):
+    for got in (decode_launch.decode_attention(q, [empty], 0.125), decode_reference.decode_attention(q, [empty], 0.125)):
         assert (got.out[0] == 0).all()
         assert got.out[1].isfinite().all()
 

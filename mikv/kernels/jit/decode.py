@@ -1,4 +1,4 @@
-"""Decode attention over the packed tiers of a cache, in Triton. See mikv/kernels/reference.py for what it computes.
+"""Decode attention over the packed tiers of a cache, in Triton. See mikv/kernels/decode_reference.py for what it computes.
 
 One launch per tier, split over its tokens; each program attends to a stretch of one row and KV head and leaves a partial
 output and its log-sum-exp; a second kernel merges the stretches of all tiers. What makes it fast, and why:
