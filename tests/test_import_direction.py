@@ -25,7 +25,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.policy": ("mikv.types", "mikv.quant", "mikv.importance"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "mikv.attention": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention"),
-    "mikv.cache": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention", "mikv.cache"),
+    "mikv.cache": (
+        *("mikv.types", "mikv.quant", "mikv.kernels", "mikv.importance", "mikv.policy"),
+        *("mikv.attention", "mikv.cache"),
+    ),
     "mikv.models": (
         *("mikv.types", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
         *("mikv.attention", "mikv.models"),

@@ -66,6 +66,8 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float,
     split_tokens: length of a stretch, a multiple of 64; None = so that the GPU is full.
     """
     check_segments(query, segments)
+    if any(x.data.dtype == torch.float32 for segment in segments for x in (segment.keys, segment.values)):
+        raise ValueError("the kernel takes 16-bit vectors as FP16 or BF16; for FP32 there is the reference")
     query = query.contiguous()
     rows, query_heads, dim = query.shape
     lengths = [split_tokens or _stretch(rows * s.keys.data.shape[1], s.slots, query.device) for s in segments]

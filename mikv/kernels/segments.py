@@ -10,13 +10,15 @@ from torch import Tensor
 
 from mikv.quant.packing import PACKED_BITS
 
-RAW_TYPES = (torch.float16, torch.bfloat16)
+# FP32 for the torch implementations only: the newest pair of a 32-bit model is exact.
+RAW_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Vectors(NamedTuple):
     """Keys or values of S slots.
 
-    bits: 16, 8, 4, 3 or 2. data: [R, H, S, ...]: at 16 bits the vectors themselves, FP16 or BF16 [..., D]; else codes as
+    bits: 16, 8, 4, 3 or 2. data: [R, H, S, ...]: at 16 bits the vectors themselves, FP16 or BF16 [..., D] (FP32: see
+    RAW_TYPES); else codes as
     mikv/quant/packing.py packs them, uint8 [..., D] at 8 bits and int16 [..., D * bits / 16] below. scale, zero: FP16
     [R, H, S, groups]; None at 16 bits. A channel's number is code * scale + zero.
     """
@@ -95,7 +97,7 @@ def _check_vectors(name: str, vectors: Vectors, shape: tuple[int, int, int], dim
     bits, data = vectors.bits, vectors.data
     if bits == 16:
         if data.dtype not in RAW_TYPES:
-            raise ValueError(f"{name}: 16-bit vectors are float16 or bfloat16, not {data.dtype}")
+            raise ValueError(f"{name}: 16-bit vectors are float16 or bfloat16 (or float32), not {data.dtype}")
         width = dim
     elif bits in PACKED_BITS:
         if data.dtype != (torch.uint8 if bits == 8 else torch.int16):

@@ -1,5 +1,5 @@
-"""Decode attention over packed tiers: the Triton kernels (interpreted on the CPU) and the torch reference, each against a
-naive float64 attention over what is stored."""
+"""Decode attention over packed tiers: the Triton kernels (interpreted on the CPU), the torch reference and its faster twin for
+CPUs, each against a naive float64 attention over what is stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_inputs import MASS_TOLERANCE, TOLERANCE, naive, query, segment
 
-from mikv.kernels import decode_launch, decode_reference
+from mikv.kernels import decode_cpu, decode_launch, decode_reference
 from mikv.kernels.segments import Segment
 
 BITS = (16, 8, 4, 3, 2)
@@ -27,8 +27,12 @@ def check(q: torch.Tensor, segments: list[Segment], split_tokens: int = 128, sca
     wanted, wanted_mass = naive(q, segments, scaling)
     largest = max(1e-30, *(largest_value(s, q.shape[-1]) for s in segments))
     group = q.shape[1] // segments[0].keys.data.shape[1]
-    kernel = decode_launch.decode_attention(q, segments, scaling, split_tokens)
-    for name, got in (("kernel", kernel), ("reference", decode_reference.decode_attention(q, segments, scaling))):
+    results = {
+        "kernel": decode_launch.decode_attention(q, segments, scaling, split_tokens),
+        "reference": decode_reference.decode_attention(q, segments, scaling),
+        "CPU": decode_cpu.decode_attention(q, segments, scaling),
+    }
+    for name, got in results.items():
         assert got.out.dtype == q.dtype
         error = float((got.out.double() - wanted).abs().max()) / largest
         assert error <= TOLERANCE[q.dtype], f"{name}: {error:.1e} of the largest value"
@@ -100,7 +104,8 @@ def test_the_newest_pair_beside_the_tiers() -> None:
 
 def test_a_row_that_holds_nothing_gives_zeros() -> None:
     q, empty = query(2, 2, 64, torch.float16), segment(9, 2, 1, 20, 64, 4, 4, stop=[0, 20])
-    for got in (decode_launch.decode_attention(q, [empty], 0.125), decode_reference.decode_attention(q, [empty], 0.125)):
+    for implementation in (decode_launch, decode_reference, decode_cpu):
+        got = implementation.decode_attention(q, [empty], 0.125)
         assert (got.out[0] == 0).all()
         assert got.out[1].isfinite().all()
 
