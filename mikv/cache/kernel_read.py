@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mikv.cache.compressed import CompressedCache
 from mikv.cache.policy_store import PolicyStore
 from mikv.cache.tier_store import TierStore
 from mikv.kernels import pick
@@ -57,6 +59,28 @@ def attend(
         if attention.mass[-1] is not None:
             mass[rows, :, -1] = attention.mass[-1][..., 0]
     return torch.cat(outs).unsqueeze(1), mass
+
+
+def read_in_place(cache: CompressedCache, implementation: str | None = None) -> None:
+    """Make a cache (reader=packed) attend by the kernels, for the benchmarks, until it picks by itself.
+
+    Raises:
+        ValueError: a policy re-indexes positions: its keys must be rotated anew at each step, which the kernels don't.
+    """
+
+    def reader_of(bank: Any) -> Callable[[int, Tensor, float], Tensor]:
+        def read(layer: int, query: Tensor, scaling: float) -> Tensor:
+            keys, values, columns = bank.keys[layer], bank.values[layer], bank.columns + 1
+            out, mass = attend(bank.stores, layer, query, keys, values, scaling, bank.padding, columns, implementation)
+            bank.mass.append(mass)
+            return out
+
+        return read
+
+    for bank in cache.banks:
+        if any(store.policy.positions == "contiguous" for store in bank.stores):
+            raise ValueError("policies with contiguous positions can't be read in place; use positions=original")
+        bank.attend = reader_of(bank)  # type: ignore[method-assign, assignment]
 
 
 def tier_segment(tier: TierStore, layer: int) -> Segment:
