@@ -17,6 +17,9 @@ from mikv.kernels.segments import Attention, Segment, Vectors, check_segments
 PROGRAMS_PER_PROCESSOR = 12
 # Tokens of the shortest stretch: below it, the query's preparation costs as much as the tokens.
 SHORTEST = 256
+# At most so many registers per thread of a one-warp program: nine programs then share a processor. It is the assembler's own
+# choice of less, made for more programs, that would spill a few.
+REGISTERS = 224
 MERGED_AT_ONCE = 16
 MASS_BLOCK = 256
 
@@ -58,6 +61,13 @@ def decode_constants(group_heads: int, dim: int, groups: int, key_bits: int, val
         "BN": shape.tokens,
         "STAGES": shape.stages,
     }
+
+
+def decode_options(key_bits: int, value_bits: int, nvidia: bool) -> dict[str, Any]:
+    """How the kernel is compiled."""
+    shape = tile(key_bits, value_bits)
+    registers = {"maxnreg": REGISTERS} if nvidia and shape.warps == 1 else {}
+    return {"num_warps": shape.warps, "num_stages": shape.stages, **registers, **compiler_options()}
 
 
 def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float, split_tokens: int | None = None) -> Attention:
@@ -102,7 +112,6 @@ def _attend(
 ) -> None:
     keys, values = segment.keys, segment.values
     heads, slots = keys.data.shape[1:3]
-    shape = tile(keys.bits, values.bits)
     constants = decode_constants(query.shape[1] // heads, query.shape[2], segment.groups, keys.bits, values.bits)
     constants["PTX"] = query.is_cuda and torch.version.hip is None
     constants["WIDE"] = interpreted() and torch.bfloat16 in (keys.data.dtype, values.data.dtype)
@@ -110,7 +119,7 @@ def _attend(
         query, segment.balancer, _words(keys), keys.scale, keys.zero, _words(values), values.scale, values.zero,
         segment.start, segment.stop, parts, part_lse, logits,
         scaling * math.log2(math.e), heads, slots, length, first, parts.shape[2],
-        **constants, num_warps=shape.warps, num_stages=shape.stages, **compiler_options(),
+        **constants, **decode_options(keys.bits, values.bits, nvidia=constants["PTX"]),
     )  # fmt: skip
 
 

@@ -91,5 +91,5 @@ def _launch(
     kernels.encode[(math.ceil(count / tile), rows * heads)](
         source.data, source.scale, source.zero, None if balancer is None else balancer.contiguous(), take, put, where,
         target.data, target.scale, target.zero, source.data.shape[2], count, slots,
-        **encode_constants(dim, target.groups, target.bits, source.bits), BT=tile, **encode_options(),
+        **encode_constants(dim, target.groups, target.bits, source.bits), BT=tile, WIDE=interpreted(), **encode_options(),
     )  # fmt: skip

@@ -101,6 +101,8 @@ class Variant:
             },
         )
         options = {"num_stages": self.stages, **self.options, "num_warps": self.warps_on(target)}
+        if TARGETS[target].backend == "hip":
+            options.pop("maxnreg", None)  # of NVIDIA's assembler
         return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -154,6 +156,7 @@ def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = Fa
         in_loop=True,
         weight=32 / tile.tokens,
         most=gate,
+        options=decode_launch.decode_options(key_bits, value_bits, nvidia=True),
     )
 
 
@@ -279,6 +282,7 @@ def encode_variant(model: Model, bits: int, keys: bool, from_bits: int = 16) -> 
             **encode_launch.encode_constants(model.head_dim, 2, bits, from_bits),
             **dict.fromkeys(absent),
             "BT": tokens,
+            "WIDE": False,
         },
         warps=encode_launch.WARPS,
         stages=3,

@@ -31,6 +31,15 @@ def _inverse(levels: int, term: int) -> float:
 
 
 @triton.jit
+def _fma(x, y, z, WIDE: tl.constexpr):
+    """x * y + z with one rounding. WIDE: by way of float64, for interpreters whose fma rounds twice (before Triton 3.9)."""
+    if WIDE:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
 def _codes(ptr, token, channel, BITS: tl.constexpr, D: tl.constexpr):
     """Codes of some channels of packed vectors, int32 [tokens, channels]; ptr points to bytes at 8 bits, else to words."""
     row = token[:, None]
@@ -97,6 +106,7 @@ def encode(
     FROM_BITS: tl.constexpr,
     TW: tl.constexpr,
     BT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Program (tile of tokens, row * heads + head).
 
@@ -148,16 +158,18 @@ def encode(
         most = tl.minimum(tl.maximum(tl.max(high, axis=1), -FP16_MAX), FP16_MAX)
         zero = least.to(tl.float16)
         offset = zero.to(tl.float32)
-        step = tl.fma(most - offset, _inverse(levels, 1), (most - offset) * _inverse(levels, 2))
+        spread = most - offset
+        inverse = tl.full([BT], _inverse(levels, 1), tl.float32)
+        step = _fma(spread, inverse, spread * _inverse(levels, 2), WIDE)
         scale = tl.maximum(step.to(tl.float16).to(tl.float32), MIN_SCALE)
         tl.store(scale_ptr + target * NG + g, scale.to(tl.float16), mask=inside)
         tl.store(zero_ptr + target * NG + g, zero, mask=inside)
         inverse = 1.0 / scale
-        rest = (tl.fma(-scale, inverse, 1.0) * inverse)[:, None]
+        rest = (_fma(-scale, inverse, tl.full([BT], 1.0, tl.float32), WIDE) * inverse)[:, None]
         inverse = tl.broadcast_to(inverse[:, None], [BT, TW])
         for i in tl.static_range(per_group):
             distance = tiles[i] - offset[:, None]
-            quotient = tl.fma(distance, inverse, distance * rest)
+            quotient = _fma(distance, inverse, distance * rest, WIDE)
             code = tl.minimum(tl.maximum(quotient, 0.0), levels) + INTEGER
             words = words + (code.to(tl.int32, bitcast=True),)
 
