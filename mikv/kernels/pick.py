@@ -17,18 +17,21 @@ from mikv.kernels.segments import Attention, Segment, Vectors
 IMPLEMENTATIONS = ("reference", "triton")
 
 
-def picked(device: torch.device, implementation: str | None = None) -> str:
-    """Which implementation runs on a device.
+def picked(device: torch.device, implementation: str | None = None, dim: int = 64) -> str:
+    """Which implementation runs on a device, for heads of `dim` channels.
 
     Raises:
-        ValueError: an unknown name, or Triton on a device that it can't run on.
+        ValueError: an unknown name, or Triton where it can't run.
     """
+    fits = dim >= 32 and dim & (dim - 1) == 0
     if implementation is None:
-        return "triton" if device.type == "cuda" else "reference"
+        return "triton" if device.type == "cuda" and fits else "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation}: choose {' or '.join(IMPLEMENTATIONS)}")
     if implementation == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(f"attention=triton needs a GPU, the model is on {device.type}; choose attention=reference")
+    if implementation == "triton" and not fits:
+        raise ValueError(f"attention=triton takes head_dim 32, 64, 128 or 256, not {dim}; choose attention=reference")
     return implementation
 
 
@@ -40,7 +43,7 @@ def decode_attention(
     if implementation is None and query.device.type == "cpu":
         return decode_cpu.decode_attention(query, segments, scaling)
     wide = any(x.data.dtype == torch.float32 for segment in segments for x in (segment.keys, segment.values))
-    if wide or picked(query.device, implementation) == "reference":
+    if wide or picked(query.device, implementation, query.shape[-1]) == "reference":
         return decode_reference.decode_attention(query, segments, scaling)
     from mikv.kernels import decode_launch
 
@@ -56,7 +59,7 @@ def column_sums(
     implementation: str | None = None,
 ) -> Tensor:
     """See mikv.kernels.columns_reference.column_sums. lse None = it is computed here, at the price of a second pass."""
-    if picked(query.device, implementation) == "reference":
+    if picked(query.device, implementation, query.shape[-1]) == "reference":
         lse = columns_reference.log_sum_exp(query, key, scaling, padding) if lse is None else lse
         return columns_reference.column_sums(query, key, lse, scaling, padding)
     from mikv.kernels import columns_launch

@@ -14,11 +14,14 @@ def test_the_device_decides() -> None:
     assert pick.picked(torch.device("cpu")) == "reference"
     assert pick.picked(torch.device("cuda")) == "triton"
     assert pick.picked(torch.device("cuda"), "reference") == "reference"
+    assert [pick.picked(torch.device("cuda"), None, dim) for dim in (16, 80, 128)] == ["reference", "reference", "triton"]
 
 
 def test_wrong_wishes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="reference or triton"):
         pick.picked(torch.device("cpu"), "flash")
+    with pytest.raises(ValueError, match="head_dim 32, 64, 128 or 256, not 80"):
+        pick.picked(torch.device("cuda"), "triton", 80)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs a GPU"):
         pick.picked(torch.device("cpu"), "triton")
