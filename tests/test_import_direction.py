@@ -23,10 +23,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.randomness": (),
     "mikv.decoding": (),
     "mikv.importance": ("mikv.types", "mikv.randomness", "mikv.importance"),
+    "mikv.kernels": ("mikv.types", "mikv.quant", "mikv.kernels"),
     "mikv.policy": ("mikv.types", "mikv.quant", "mikv.importance"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "mikv.attention": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention"),
-    "mikv.cache": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention", "mikv.cache"),
+    "mikv.cache": (
+        *("mikv.types", "mikv.quant", "mikv.kernels", "mikv.importance", "mikv.policy"),
+        *("mikv.attention", "mikv.cache"),
+    ),
     "mikv.models": (
         *("mikv.types", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
         *("mikv.attention", "mikv.models"),

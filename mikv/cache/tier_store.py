@@ -68,6 +68,11 @@ class TierStore:
         self.parts = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
 
     @property
+    def balancer(self) -> Tensor | None:
+        """float32 [L, B, H, 1, D] that stored keys were multiplied by, or None."""
+        return self._balancer
+
+    @property
     def slots(self) -> int:
         """Slots that are allocated, used or not."""
         return self._shape[3]

@@ -1,0 +1,57 @@
+"""Decode attention over packed tiers in torch, slow and obvious: everything is unpacked, then attended. The Triton kernels
+have the same signature and must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mikv.kernels.segments import Attention, Segment, Vectors, check_segments
+from mikv.quant.affine import Quantized, dequantize
+from mikv.quant.packing import unpack
+
+
+def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float) -> Attention:
+    """One query per row over all segments of a cache, in float32.
+
+    Args:
+        query: [R, Hq, D], any float dtype.
+        segments: the tiers' packed pairs.
+        scaling: factor of the logits, usually D ** -0.5.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that don't fit.
+    """
+    check_segments(query, segments)
+    dim = query.shape[2]
+    logits, values = [], []
+    for segment in segments:
+        heads = segment.keys.data.shape[1]
+        grouped = query.float().unflatten(1, (heads, -1))  # [R, H, G, D]
+        if segment.balancer is not None:
+            grouped = grouped / segment.balancer[:, :, None]
+        absent = ~held(segment)[:, None, :]
+        values.append(read(segment.values, dim).masked_fill(absent[..., None], 0))  # 0 * NaN is no 0
+        scores = torch.matmul(grouped, read(segment.keys, dim).transpose(2, 3)) * scaling
+        logits.append(scores.masked_fill(absent[:, :, None], -torch.inf))
+    probs = torch.softmax(torch.cat(logits, dim=-1), dim=-1).nan_to_num(0.0)  # NaN: a row that sees nothing
+    out = torch.matmul(probs, torch.cat(values, dim=2)).flatten(1, 2)
+    parts = probs.sum(dim=2).split([segment.slots for segment in segments], dim=-1)
+    mass = [part.contiguous() if segment.wants_mass else None for part, segment in zip(parts, segments, strict=True)]
+    return Attention(out.to(query.dtype), mass)
+
+
+def held(segment: Segment) -> Tensor:
+    """bool [R, S]: slots that hold a pair."""
+    slot = torch.arange(segment.slots, device=segment.stop.device)
+    there = slot < segment.stop[:, None]
+    return there if segment.start is None else there & (slot >= segment.start[:, None])
+
+
+def read(vectors: Vectors, dim: int) -> Tensor:
+    """float32 [R, H, S, D] of stored vectors (a balancer is not undone)."""
+    if vectors.scale is None or vectors.zero is None:
+        return vectors.data.float()
+    return dequantize(Quantized(unpack(vectors.data, vectors.bits, dim), vectors.scale, vectors.zero))

@@ -1,0 +1,76 @@
+"""The kernels read a real cache: same outputs and scores as unpacking everything and attending."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import engine, tokens
+
+from mikv.cache.kernel_read import attend
+from mikv.mikv import mikv
+from mikv.policy import Policy
+from mikv.types import Tier
+
+PANEL = [
+    mikv(keep=0.3),
+    mikv(keep=0.5, high=Tier(8), low=Tier(bits=4, key_bits=3)),
+    mikv(keep=0.2, low=Tier(2, group=16), balance=False),
+]
+# FP32 for torch; the kernel takes 16 bits, and the dense way rounds what it unpacks to 16 bits as well.
+TOLERANCE = {None: 2e-5, "reference": 2e-5, "triton": 1e-2}
+
+
+@pytest.mark.parametrize("implementation", TOLERANCE)
+def test_attention_and_scores_of_a_compressed_cache(implementation: str | None) -> None:
+    """Left-padded prompts of unequal length, a panel of policies, after a few steps that moved tokens between tiers."""
+    dtype = torch.float16 if implementation == "triton" else torch.float32
+    run = engine("packed", dtype=dtype, head_dim=32, query_heads=4, kv_heads=2)
+    prompts = [tokens(40), tokens(23, seed=1)]
+    state = run.prefill(prompts, {PANEL[0].importance.observer})  # type: ignore[union-attr]
+    cache = run.compress(state, PANEL)
+    rows = len(PANEL) * len(prompts)
+    positions = torch.tensor([len(prompt) for prompt in prompts] * len(PANEL))
+    for step in range(3):
+        run.step(cache, torch.full((rows,), step), positions + step, torch.ones(rows, dtype=torch.bool))
+    bank = cache.banks[0]
+    bank.keys.normal_(generator=torch.Generator().manual_seed(0))
+    bank.values.normal_(generator=torch.Generator().manual_seed(1))
+    query = torch.randn((rows, 4, 1, 32), generator=torch.Generator().manual_seed(2)).to(dtype)
+    for layer in range(len(bank.layers)):
+        wanted = bank.attend(layer, query, 0.3)
+        wanted_mass = bank.mass.pop()
+        out, mass = attend(
+            bank.stores, layer, query, bank.keys[layer], bank.values[layer], 0.3, bank.padding, bank.columns + 1, implementation
+        )
+        tolerance = TOLERANCE[implementation]
+        assert (out.float() - wanted.float()).abs().max() <= tolerance
+        # a score is wanted of the first tier and of the newest token; elsewhere mass stays 0
+        for store, mine in bank.rows():
+            first = store.tiers[0]
+            column = first.positions()[layer] + bank.padding[mine][:, None, None]
+            used = first.used()[:, None].expand(column.shape)
+            column = torch.where(used, column, bank.columns)
+            error = (mass[mine].gather(2, column) - wanted_mass[mine].gather(2, column)).abs()
+            assert error.max() <= tolerance
+            assert mass[mine].gather(2, column).sum() > 0.1
+
+
+def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mikv.kernels import pick
+
+    wants: list[bool] = []
+    original = pick.decode_attention
+
+    def watched(query: torch.Tensor, segments: list, *rest: object) -> object:  # type: ignore[type-arg]
+        wants.extend(segment.wants_mass for segment in segments)
+        return original(query, segments, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pick, "decode_attention", watched)
+    run = engine("packed")
+    policy = Policy(name="recent", label="recent", tiers=(Tier(16), Tier(4)), shares=(0.5,))
+    bank = run.compress(run.prefill([tokens(9)]), [policy]).banks[0]
+    query = torch.zeros(1, 4, 1, 16)
+    out, mass = attend(bank.stores, 0, query, bank.keys[0], bank.values[0], 1.0, bank.padding, 10)
+    assert wants == [False, False, False]
+    assert (mass == 0).all()
+    assert out.isfinite().all()
