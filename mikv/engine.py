@@ -162,11 +162,10 @@ class Engine:
         prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
         cache = PrefillCache(self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix)
         if lengths.width:
-            fed = lengths.width - shared
             ids = [[self.pad_token] * (lengths.width - len(c)) + list(c[shared:]) for c in contexts]
             positions = lengths.positions(self.model.device)[:, shared:]
             self.model(
-                input_ids=torch.tensor([row[-fed:] for row in ids], device=self.model.device),
+                input_ids=torch.tensor(ids, device=self.model.device),
                 attention_mask=(positions >= shared).long(),
                 position_ids=positions.clamp(min=0),
                 past_key_values=cache,
@@ -333,7 +332,7 @@ class Engine:
         logits = self._read_questions(cache, prompts, policies)
         usages = cache.usage()
         flat = [(b, tokens) for b, continuations in enumerate(wanted) for tokens in continuations]
-        tally = _Tally(policies, [tokens for _, tokens in flat])
+        tally = _Tally(policies, [tokens for _, tokens in flat], logits.device)
         owner = torch.tensor([b for b, _ in flat])
         for some in torch.arange(len(flat)).split(_FORKS):
             tally.add(logits.unflatten(0, (policies, batch))[:, owner[some].to(logits.device)], some, 0)
@@ -461,29 +460,31 @@ class _Chooser:
 class _Tally:
     """Adds up what is asked of continuations, token by token, for all policies; the first one is the others' twin."""
 
-    def __init__(self, policies: int, tokens: Sequence[Sequence[int]]) -> None:
+    def __init__(self, policies: int, tokens: Sequence[Sequence[int]], device: torch.device) -> None:
         self.tokens = tokens
+        # they stay on the model's device until the result: a look at each step would make a GPU wait
         shape = (policies, len(tokens))
-        self._logprob, self._greedy = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.bool)
-        self._kl, self._same = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        self._logprob, self._kl, self._same = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        self._greedy = torch.ones(shape, dtype=torch.bool, device=device)
 
     def add(self, logits: Tensor, some: Tensor, step: int) -> None:
         """Token `step` of continuations `some` (int64 [n]), predicted by logits [P, n, vocabulary]."""
         target = torch.tensor([self.tokens[i][step] for i in some.tolist()], device=logits.device)
+        some = some.to(logits.device)
         twin: Tensor | None = None
         for p, mine in enumerate(logits):  # one policy at a time: vocabularies are large
             log_probs = torch.log_softmax(mine.float(), dim=-1)
             twin = log_probs if twin is None else twin
             best = log_probs.argmax(dim=-1)
-            self._logprob[p, some] += log_probs.gather(-1, target[:, None]).squeeze(-1).double().cpu()
-            self._greedy[p, some] &= (best == target).cpu()
-            self._kl[p, some] += (twin.exp() * (twin - log_probs)).sum(dim=-1).double().cpu()
-            self._same[p, some] += (best == twin.argmax(dim=-1)).double().cpu()
+            self._logprob[p, some] += log_probs.gather(-1, target[:, None]).squeeze(-1).double()
+            self._greedy[p, some] &= best == target
+            self._kl[p, some] += (twin.exp() * (twin - log_probs)).sum(dim=-1).double()
+            self._same[p, some] += (best == twin.argmax(dim=-1)).double()
 
     def result(self) -> list[list[Scored]]:
         """By policy and continuation."""
         counts = [len(tokens) for tokens in self.tokens]
-        lengths = torch.tensor(counts)
+        lengths = torch.tensor(counts, device=self._kl.device)
         columns = zip(
             self._logprob.tolist(),
             self._greedy.tolist(),

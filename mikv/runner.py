@@ -161,7 +161,7 @@ def execute(run: Run) -> list[Row]:
     print_table(summary, work.flags)
     plot = save_curve(file.with_name("curve.png"), summary)
     print(f"plot     {plot}\nrecords  {file.with_name('samples.jsonl')}\nsummary  {file}")
-    _check_exercised(run, summary)
+    _report(run, summary)
     return summary
 
 
@@ -289,8 +289,9 @@ def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]
     return summary
 
 
-def _check_exercised(run: Run, summary: Sequence[Row]) -> None:
-    """A policy that never compressed anything was not evaluated, whatever its accuracy."""
+def _report(run: Run, summary: Sequence[Row]) -> None:
+    """Say what a reader of the numbers must know. A policy that never compressed anything was not evaluated, whatever its
+    accuracy: that fails the run."""
     if summary[0]["cut"]:
         cut, samples, tokens = summary[0]["cut"], summary[0]["samples"], summary[0]["cut_tokens"]
         print(f"note: {cut} of {samples} prompts did not fit the model and lost {tokens} tokens on the left")

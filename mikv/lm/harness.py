@@ -100,7 +100,7 @@ class Harness:
             options |= {
                 "apply_chat_template": True,
                 "fewshot_as_multiturn": self.multiturn,
-                "chat_template": _chat_template(load_tokenizer(spec)),
+                "chat_template": _chat_template(load_tokenizer(spec), self.system),
             }
         for task in tasks.values():
             build_requests(task, self.count(limit), **options)
@@ -129,8 +129,9 @@ class Harness:
             raise ValueError(f"{name} runs code that the model writes, and not in this project's confinement; not supported")
         if not self.allow_code_execution:
             raise ValueError(
-                f"{name} runs code that the model writes. It is confined in time and memory, not more: say "
-                "allow_code_execution=true where that is good enough, for example in a container"
+                f"{name} runs code that the model writes. It is confined in time, memory and, where Linux can do it, files "
+                "and network: against accidents, not attackers (mikv/tasks/sandbox.py). Say allow_code_execution=true where "
+                "that is good enough"
             )
 
     def _configure(self, task: Task, seed: int) -> None:
@@ -325,12 +326,21 @@ def _name(top: Task | Group) -> str:
     return top.name if isinstance(top, Group) else top.task_name
 
 
-def _chat_template(tokenizer: Any) -> Any:
-    """lm-eval's way to write a conversation; the method needs a tokenizer and no model."""
+def _chat_template(tokenizer: Any, system: str | None) -> Any:
+    """lm-eval's way to write a conversation; the method needs a tokenizer and no model.
+
+    Where a template knows no system role, lm-eval leaves that message out. A task's description may go, an instruction that
+    was asked for (task.system) may not: its rules would be broken by every policy alike.
+    """
     holder = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
 
     def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return HFLM.apply_chat_template(holder, history, add_generation_prompt)
+        text = HFLM.apply_chat_template(holder, history, add_generation_prompt)
+        if system is not None and system.strip() not in text:
+            raise ValueError(
+                "the model's chat template drops task.system; use task.chat=false, or a model that has a system role"
+            )
+        return text
 
     return render
 

@@ -124,6 +124,22 @@ def test_chat_templates_examples_and_system_instructions_are_lm_evals(
     assert work.units()[0].asked != plain.units()[0].asked
 
 
+def test_a_system_instruction_is_not_dropped_in_silence(own: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates without a system role: lm-eval leaves the message out."""
+
+    def templated() -> Any:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+        )
+        return tokenizer
+
+    monkeypatch.setattr(loading, "byte_tokenizer", templated)
+    assert harness(own, "own_choice", chat=True).open(spec(), 1, 0, "visible").units()  # its description is left out
+    with pytest.raises(ValueError, match=r"drops task\.system"):
+        harness(own, "own_choice", chat=True, system="Be brief.").open(spec(), 1, 0, "visible")
+
+
 @pytest.mark.parametrize("limit", [120, 150])
 @pytest.mark.parametrize("name", ["own_choice", "own_answer"])
 def test_what_is_too_long_is_cut_on_the_left_as_lm_eval_does_and_counted(
