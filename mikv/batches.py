@@ -145,7 +145,10 @@ def _cut(run: Sequence[Merged], decoding: Decoding | None, shared: int, batch_si
 
 
 def _sharing(prompts: Sequence[Merged]) -> Iterator[tuple[list[Merged], int]]:
-    """Runs of prompts whose contexts begin alike, and how many tokens they share (at least one more follows in each)."""
+    """Runs of prompts whose contexts begin alike, and how many tokens they share.
+
+    At least one more follows in each: in this order a prompt comes before those that it is the beginning of.
+    """
     ordered = sorted(prompts, key=lambda merged: list(merged.prompt.context))
     run: list[Merged] = []
     shared = 0
@@ -153,7 +156,7 @@ def _sharing(prompts: Sequence[Merged]) -> Iterator[tuple[list[Merged], int]]:
         context = merged.prompt.context
         common = 0
         if run:
-            common = min(shared, len(context) - 1, _common(run[-1].prompt.context, context))
+            common = min(shared, _common(run[-1].prompt.context, context))
         if common >= max(_MIN_SHARED, len(context) // 2):
             run.append(merged)
             shared = common

@@ -169,6 +169,15 @@ def test_a_single_prompt_that_does_not_fit_says_what_to_do(monkeypatch: pytest.M
         list(serve(engine(), [Scoring(prompt(20), [[1]])], PANEL, 4, fidelity=False))
 
 
+def test_no_prefix_is_kept_when_all_is_done() -> None:
+    """It is as large as a prompt's exact cache."""
+    run = engine()
+    served = serve(run, mixed(), PANEL, 3, fidelity=False)
+    held = [run._prefix is not None for _ in served]
+    assert any(held)
+    assert run._prefix is None
+
+
 def test_time_is_reported_with_each_batch() -> None:
     for part in serve(engine(), mixed(), PANEL, 3, fidelity=True):
         assert part.seconds.prefill > 0

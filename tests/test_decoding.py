@@ -115,6 +115,17 @@ def test_draws_are_uniform_and_independent() -> None:
     assert torch.bincount((rows.flatten() * 16).long()).float().std() < 80  # 1000 expected in each of 16 bins
 
 
+def test_draws_are_splitmix64s() -> None:
+    """Its finalizer written out in Python's unbounded integers."""
+    mask = 2**64 - 1
+    for counter in (0, 1, -1, 12345, -(2**63), 2**63 - 1, 0x5851F42D4C957F2D):
+        x = counter & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+        assert uniform(torch.tensor([counter])).item() == (x >> 11) / 2**53
+
+
 @dataclass(frozen=True)
 class After:
     """Stops when a token was said a number of times."""
