@@ -203,6 +203,17 @@ def test_through_lm_evals_own_interface_the_last_policy_answers(own: tuple[Path,
     assert max(abs(a - b) for a, b in zip(values["lossy"], plain, strict=True)) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("text", "over"), [("the end", True), ("the end..", True), ("the en", False), ("", False), ("end", True)]
+)
+def test_an_answer_is_over_when_a_stop_string_of_several_tokens_appears(text: str, over: bool) -> None:
+    """It is looked for in two tokens more than it has: it may come in another tokenization."""
+    lm = PanelLM(load(spec()))
+    stop = lm._stop(lm._until(["end", "", "stop"]))
+    assert stop.strings == ("end", "stop", "<|end|>")
+    assert stop(list(lm.tok_encode(text))) == over
+
+
 def test_repeats_are_answers_of_their_own() -> None:
     """lm-eval hands an instance in as often as it repeats; sampled answers differ, greedy ones are computed once."""
     lm = PanelLM(load(spec()), [policy("full")], seed=5)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_tasks import write
+from own_tasks import YAML, write
 
 from mikv.config import policy
 from mikv.engine import Engine
@@ -122,6 +122,8 @@ def test_keys_follow_what_is_asked_and_not_where_the_data_lie(own: tuple[Path, P
     assert asked(data_dir=str(copy)) == base
     for other in ({"num_fewshot": 2}, {"system": "Be brief."}, {"gen_kwargs": {"max_gen_toks": 7}}):
         assert not set(asked(**other)) & set(base)
+    (copy / "own_answer.yaml").write_text(YAML["own_answer"].replace("version: 1.0", "version: 1.1"))
+    assert not set(asked(include=str(copy))) & set(base)
     pages = [run(harness(own, "own_pages", head=h), tmp_path).open().units()[0].asked for h in (1, 2)]
     assert pages[0] != pages[1]
 
