@@ -163,3 +163,8 @@ def test_nothing_is_said_about_limits_where_nothing_is_generated() -> None:
     scored = row(0, 1.0)
     del scored["ended"]
     assert summarize([scored])["unended"] is None
+
+
+def test_divergences_of_zero_are_no_outcomes() -> None:
+    """The full cache's own divergence is 0, surely: Wilson's interval would reach up to 0.49 for four of them."""
+    assert summarize(rows(0.0, 0.0, 0.0, 0.0), lower_is_better=True)["ci95"] == [0.0, 0.0]
