@@ -66,7 +66,9 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         short = row["label"].replace(row["policy"], "").strip() or row["policy"]
         colour = _STYLE.get(row["policy"], _OTHER)[0]
-        texts.append(ax.text(row["size_percent"] + 1, row["value"], short, fontsize=7, color=colour))
+        # a little up and right of the point, in pixels: the scale may be logarithmic
+        place = ax.transData.inverted().transform(ax.transData.transform((row["size_percent"], row["value"])) + 9)
+        texts.append(ax.text(*place, short, fontsize=7, color=colour))
     adjust_text(
         texts,
         x=[row["size_percent"] for row in rows],
