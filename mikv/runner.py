@@ -112,10 +112,12 @@ class Run:
 
 
 def task_identity(task: Task | Openable) -> dict[str, Any]:
-    """Name, version and parameters. A file is what it holds, not where it lies."""
+    """Name, version and parameters. A file is what it holds, not where it lies; of a folder with data, each unit's `asked`
+    says what they hold."""
     if isinstance(task, Openable):
         return dict(task.identity())
     parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
+    parameters.pop("data_dir", None)
     for name, value in parameters.items():
         if isinstance(value, str) and Path(value).is_file():
             parameters[name] = content_fingerprint(Path(value))

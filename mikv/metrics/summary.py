@@ -79,7 +79,7 @@ def summarize(
         "unended": sum(not row["ended"] for row in samples) if all("ended" in row for row in samples) else None,
         # shared by all policies of the panel: the price of the whole curve, not of this point
         "seconds": {phase: sum(row["seconds"][phase] for row in samples) for phase in samples[0]["seconds"]},
-        "rates": {flag: fmean(float(row[flag]) for row in samples) for flag in flags},
+        "rates": {flag: fmean(float(row[flag]) for row in samples if row.get(flag) is not None) for flag in flags},
     }
     if all(name in row for name in FIDELITY for row in samples):
         summary |= {name: fmean(row[name] for row in samples) for name in FIDELITY}

@@ -9,8 +9,9 @@ from typing import Any
 from mikv.batches import Generating, Response
 from mikv.decoding import Decoding
 from mikv.engine import Generation, Prompt
+from mikv.fingerprint import fingerprint
 from mikv.models.load import Loaded
-from mikv.tasks.base import Task
+from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import encode
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
@@ -21,15 +22,13 @@ class GenerationWork:
     lower_is_better = False
 
     def __init__(self, task: Task, limit: int | None, seed: int, question: str) -> None:
-        if limit is None:
-            raise ValueError("task.limit=null: this task makes as many samples as are asked for; set task.limit")
         self._task, self._question = task, question
         self.metric, self.flags = task.metric, task.flags
         self._tokenizer: Any = None
         self._samples = {sample.doc_id: sample for sample in task.samples(limit, seed)}
 
     def units(self) -> list[Unit]:
-        return [Unit(doc_id) for doc_id in self._samples]
+        return [Unit(sample.doc_id, asked=_asked(sample)) for sample in self._samples.values()]
 
     def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
         self._tokenizer = loaded.tokenizer
@@ -52,8 +51,9 @@ class GenerationWork:
             outcome = self._task.score(sample, answer)
             rows.append(
                 {
-                    "answer": answer,
+                    "answer": answer[: self._task.stored_characters],
                     "target": sample.target,
+                    **sample.notes,
                     **outcome,
                     "score": float(outcome["correct"]),
                     "answer_tokens": len(generation.tokens),
@@ -66,3 +66,7 @@ class GenerationWork:
     def summarize(self, rows: Sequence[Row]) -> Summary:
         value = fmean(row["score"] for row in rows)
         return Summary(value, {self.metric: value}, {})
+
+
+def _asked(sample: Sample) -> str:
+    return fingerprint({"messages": [dict(m) for m in sample.messages], "question": sample.question, "target": sample.target})
