@@ -13,17 +13,17 @@ from typing import Any
 from mikv.batches import Request, Response, serve
 from mikv.engine import READERS, Engine
 from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import summarize
+from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load
-from mikv.plots import save_curve
+from mikv.plots import save_curve, save_depth_maps
 from mikv.policy import Policy, check_choice
 from mikv.records import Row, RunFolder
 from mikv.table import print_table
 from mikv.tasks.base import Task
 from mikv.tasks.prompting import QUESTION
 from mikv.work.base import Encoded, Openable, Unit, Work, task_identity
-from mikv.work.suite import open_task
+from mikv.work.suite import SuiteWork, open_task
 
 
 class RunError(RuntimeError):
@@ -145,8 +145,9 @@ def execute(run: Run) -> list[Row]:
             _answer(run, work, todo, records, done)
         summary = _summarize(run, work, units, done)
         file = records.write_summary(summary)
-    print_table(summary, work.flags)
+    print_table(summary)
     plot = save_curve(file.with_name("curve.png"), summary)
+    _draw_depths(run, units, done, file.with_name("depth.png"))
     print(f"plot     {plot}\nrecords  {file.with_name('samples.jsonl')}\nsummary  {file}")
     _report(run, summary)
     return summary
@@ -253,7 +254,7 @@ def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded,
 
 
 def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
-    rows = {policy: [done[run.key(policy, unit)] for unit in units] for policy in run.panel}
+    rows = {policy: _rows(run, policy, units, done) for policy in run.panel}
     twins = {row["sample"]: row for row in rows[run.panel[0]]}
     summary = []
     for policy in run.panel:
@@ -268,12 +269,45 @@ def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]
                 "metric": work.metric,
                 "lower_is_better": work.lower_is_better,
                 **summarize(rows[policy], twins, work.flags, scores.value, work.lower_is_better),
+                **_parts(work, rows[policy], twins),
                 "scores": dict(scores.scores),
                 "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
                 "size_percent_paper": policy.paper_size(rows[policy][0]["head_dim"]),
             }
         )
     return summary
+
+
+def _parts(work: Work, rows: Sequence[Row], twins: dict[str, Row]) -> Row:
+    """Of a suite: the mean of its risks with its error, and each part's own summary."""
+    if not isinstance(work, SuiteWork):
+        return {}
+    parts: dict[str, Row] = {}
+    whole = {part: {row["sample"]: row for row in work.rows_of(part, list(twins.values()))} for part in work.parts}
+    for name, part in work.parts.items():
+        mine = work.rows_of(name, rows)
+        scores = part.summarize(mine)
+        flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
+        parts[name] = {
+            "metric": part.metric,
+            "lower_is_better": part.lower_is_better,
+            **summarize(mine, whole[name], flags, scores.value, part.lower_is_better),
+            "scores": dict(scores.scores),
+        }
+    return {**combine(parts, work.risks), "risks": dict(work.risks), "parts": parts}
+
+
+def _draw_depths(run: Run, units: Sequence[Unit], done: dict[str, Row], file: Path) -> None:
+    """A map of depth x lines for each policy, where samples have both."""
+    placed = {p.label: [row for row in _rows(run, p, units, done) if "lines" in row and "depth" in row] for p in run.panel}
+    samples = placed[run.panel[0].label]
+    if len({row["depth"] for row in samples}) <= 10 and len({row["lines"] for row in samples}) > 1:
+        save_depth_maps(file, placed, f"{run.model.name} on {run.task.name}, n = {len(samples)}")
+        print(f"map      {file}")
+
+
+def _rows(run: Run, policy: Policy, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
+    return [done[run.key(policy, unit)] for unit in units]
 
 
 def _report(run: Run, summary: Sequence[Row]) -> None:
