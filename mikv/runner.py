@@ -316,9 +316,10 @@ def _report(run: Run, summary: Sequence[Row]) -> None:
     if summary[0]["cut"]:
         cut, samples, tokens = summary[0]["cut"], summary[0]["samples"], summary[0]["cut_tokens"]
         print(f"note: {cut} of {samples} prompts did not fit the model and lost {tokens} tokens on the left")
+    unended = [f"{policy.label} {row['unended']}" for policy, row in zip(run.panel, summary, strict=True) if row["unended"]]
+    if unended:
+        print(f"note: of {summary[0]['samples']} answers each, so many ran into the limit of new tokens: {', '.join(unended)}")
     for policy, row in zip(run.panel, summary, strict=True):
-        if row["unended"]:
-            print(f"note: {policy.label}: {row['unended']} of {row['samples']} answers ran into the limit of new tokens")
         if policy.lossless or row["exercised"] == row["samples"]:
             continue
         if row["exercised"] == 0:

@@ -98,13 +98,15 @@ def rate(samples: Sequence[Row], full: Mapping[str, Row] | None, flag: str) -> R
 def combine(parts: Mapping[str, Row], risks: Mapping[str, Sequence[str]]) -> Row:
     """The mean of a suite's risks: of each part (its summary, by name) the rates that `risks` names, each with equal weight.
 
-    Parts are different samples, so the errors of their rates are independent; two risks of one part are treated so too.
+    Parts are different samples, so the errors of their rates are independent; two risks of one part are treated so too. The
+    interval is recovered from the rates' own (MOVER; Zou and Donner 2008, doi:10.1002/sim.3095), so that parts in which
+    nothing happened keep the width of Wilson's.
     """
     rates = [parts[part]["rates"][risk] for part, names in risks.items() for risk in names if risk in parts[part]["rates"]]
     if not rates:
         return {}
     combined: Row = {"value": fmean(rate["value"] for rate in rates), "stderr": _mean_error(rates, "stderr")}
-    combined["ci95"] = _normal(combined["value"], combined["stderr"])
+    combined["ci95"] = _mover(rates, "value", "ci95")
     if all("difference" in rate for rate in rates):
         combined |= {
             "difference": fmean(rate["difference"] for rate in rates),
@@ -112,7 +114,7 @@ def combine(parts: Mapping[str, Row], risks: Mapping[str, Sequence[str]]) -> Row
             "lost": sum(rate["lost"] for rate in rates),
             "gained": sum(rate["gained"] for rate in rates),
         }
-        combined["difference_ci95"] = _normal(combined["difference"], combined["difference_stderr"])
+        combined["difference_ci95"] = _mover(rates, "difference", "difference_ci95")
     return combined
 
 
@@ -142,5 +144,11 @@ def _mean_error(rates: Sequence[Row], name: str) -> float | None:
     return None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
-def _normal(value: float, error: float | None) -> list[float] | None:
-    return None if error is None else [value - 1.96 * error, value + 1.96 * error]
+def _mover(rates: Sequence[Row], name: str, bounds: str) -> list[float] | None:
+    """Interval of the mean of independent numbers from their intervals: distances to the bounds add up as errors do."""
+    if any(rate[bounds] is None for rate in rates):
+        return None
+    mean = fmean(rate[name] for rate in rates)
+    below = math.sqrt(sum((rate[name] - rate[bounds][0]) ** 2 for rate in rates)) / len(rates)
+    above = math.sqrt(sum((rate[bounds][1] - rate[name]) ** 2 for rate in rates)) / len(rates)
+    return [mean - below, mean + above]

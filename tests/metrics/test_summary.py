@@ -104,13 +104,16 @@ def test_a_rate_counts_the_samples_in_which_its_outcome_can_happen() -> None:
 
 def test_a_suites_risk_is_the_mean_of_its_parts_rates() -> None:
     """Errors of independent rates: sqrt(0.3^2 + 0.4^2) / 2."""
-    one = {"value": 0.2, "stderr": 0.3, "difference": 0.1, "difference_stderr": 0.06, "lost": 3, "gained": 1}
-    two = {"value": 0.6, "stderr": 0.4, "difference": -0.3, "difference_stderr": 0.08, "lost": 0, "gained": 5}
+    one: dict[str, Any] = {"value": 0.2, "stderr": 0.3, "ci95": [0.1, 0.5], "lost": 3, "gained": 1}
+    one |= {"difference": 0.1, "difference_stderr": 0.06, "difference_ci95": [0.0, 0.2]}
+    two: dict[str, Any] = {"value": 0.6, "stderr": 0.4, "ci95": [0.6, 1.0], "lost": 0, "gained": 5}
+    two |= {"difference": -0.3, "difference_stderr": 0.08, "difference_ci95": None}
     parts = {"a": {"rates": {"breach": one, "confused": two}}, "b": {"rates": {"wrong": two}}}
     got = summary.combine(parts, {"a": ["breach"], "b": ["wrong"]})
     assert got["value"] == pytest.approx(0.4)
     assert got["stderr"] == pytest.approx(0.25)
-    assert got["ci95"] == pytest.approx([0.4 - 1.96 * 0.25, 0.4 + 1.96 * 0.25])
+    assert got["ci95"] == pytest.approx([0.4 - 0.1 / 2, 0.4 + 0.5 / 2])  # sqrt(0.1^2 + 0^2) / 2, sqrt(0.3^2 + 0.4^2) / 2
+    assert got["difference_ci95"] is None
     assert got["difference"] == pytest.approx(-0.1)
     assert got["difference_stderr"] == pytest.approx(0.05)
     assert (got["lost"], got["gained"]) == (3, 6)
