@@ -61,6 +61,14 @@ class Task(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """Whoever says whether an answer does what was asked for, where phrases say too little."""
+
+    def verdict(self, prompt: str, answer: str) -> bool | None:
+        """Does the answer do what the prompt asks for? None = the judge's reply can't be read."""
+        ...
+
+
 def endless(limit: int | None) -> int:
     """The limit of a task that makes its samples."""
     if limit is None:

@@ -18,10 +18,6 @@ from mikv.models.load import Loaded, ModelSpec
 Row = dict[str, Any]
 
 
-class DataUnavailable(RuntimeError):
-    """A task's data can't be had; the message says how to get them."""
-
-
 @dataclass(frozen=True)
 class Unit:
     """One sample.
