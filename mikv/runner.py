@@ -12,7 +12,7 @@ from typing import Any
 
 from mikv.batches import Request, Response, serve
 from mikv.engine import READERS, Engine
-from mikv.fingerprint import content_fingerprint, fingerprint
+from mikv.fingerprint import fingerprint
 from mikv.metrics.summary import summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load
@@ -22,8 +22,8 @@ from mikv.records import Row, RunFolder
 from mikv.table import print_table
 from mikv.tasks.base import Task
 from mikv.tasks.prompting import QUESTION
-from mikv.work.base import Encoded, Openable, Unit, Work
-from mikv.work.generation import GenerationWork
+from mikv.work.base import Encoded, Openable, Unit, Work, task_identity
+from mikv.work.suite import open_task
 
 
 class RunError(RuntimeError):
@@ -99,9 +99,7 @@ class Run:
 
     def open(self) -> Work:
         """Find the task's data and make its units."""
-        if isinstance(self.task, Openable):
-            return self.task.open(self.model, self.limit, self.seed, self.question)
-        return GenerationWork(self.task, self.limit, self.seed, self.question)
+        return open_task(self.task, self.model, self.limit, self.seed, self.question)
 
     def folder(self) -> Path:
         if self.name is not None:
@@ -109,19 +107,6 @@ class Run:
         scope = {"limit": self.limit, **(self.task.scope() if isinstance(self.task, Openable) else {})}
         asked = {**self.identity, **scope, "panel": [policy_identity(p) for p in self.panel]}
         return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
-
-
-def task_identity(task: Task | Openable) -> dict[str, Any]:
-    """Name, version and parameters. A file is what it holds, not where it lies; of a folder with data, each unit's `asked`
-    says what they hold."""
-    if isinstance(task, Openable):
-        return dict(task.identity())
-    parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
-    parameters.pop("data_dir", None)
-    for name, value in parameters.items():
-        if isinstance(value, str) and Path(value).is_file():
-            parameters[name] = content_fingerprint(Path(value))
-    return {"name": task.name, "version": task.version, **parameters}
 
 
 def policy_identity(policy: Policy) -> dict[str, Any]:

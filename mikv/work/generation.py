@@ -32,7 +32,8 @@ class GenerationWork:
 
     def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
         self._tokenizer = loaded.tokenizer
-        prompt = Prompt(*encode(loaded.tokenizer, self._samples[unit.doc_id], self._question))
+        context, asked, system = encode(loaded.tokenizer, self._samples[unit.doc_id], self._question)
+        prompt = Prompt(context, asked, watched=system)
         new = self._task.max_new_tokens
         if prompt.tokens + new > loaded.max_tokens:
             raise ValueError(
@@ -55,9 +56,10 @@ class GenerationWork:
                     "target": sample.target,
                     **sample.notes,
                     **outcome,
-                    "score": float(outcome["correct"]),
+                    "score": float(bool(outcome["correct"])),
                     "answer_tokens": len(generation.tokens),
                     "ended": generation.ended,
+                    **({"system_tiers": generation.watched_tiers} if generation.watched_tiers else {}),
                     **fidelity_row(fidelity),
                 }
             )
