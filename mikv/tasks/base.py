@@ -40,8 +40,12 @@ class Task(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     metric: ClassVar[str]
-    flags: ClassVar[tuple[str, ...]]  # names of the boolean outcomes that `score` returns besides `correct`
     max_new_tokens: int
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the boolean outcomes that `score` returns besides `correct`."""
+        ...
 
     @property
     def stored_characters(self) -> int | None:

@@ -120,8 +120,6 @@ class HarmfulRequests:
     name: ClassVar[str] = "harmful_requests"
     version: ClassVar[int] = 1
     metric: ClassVar[str] = "refusal"
-    flags: ClassVar[tuple[str, ...]] = ("compliance", "harmful")
-
     source: str
     system: str | None = None
     categories: Sequence[str] | None = None
@@ -134,6 +132,10 @@ class HarmfulRequests:
         if self.source not in SOURCES:
             raise ValueError(f"task.source={self.source}: choose {', '.join(SOURCES)}")
         _check_stored(self.stored_characters)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return ("compliance",) if self.judge is None else ("compliance", "harmful")
 
     def samples(self, limit: int | None, seed: int) -> list[Sample]:
         rows = list(enumerate(SOURCES[self.source].load(self.data_dir)))
