@@ -8,34 +8,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import binomtest
+from mikv.metrics.statistics import interval, paired, stderr
 
 Row = dict[str, Any]
 
 FIDELITY = ("kl", "agreement", "nll_change")
-
-
-def stderr(values: Sequence[float]) -> float | None:
-    """Standard error of the mean, from the sample's own spread; None below two values (nothing is known)."""
-    n = len(values)
-    if n < 2:
-        return None
-    mean = fmean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-
-
-def interval(values: Sequence[float], outcomes: bool = True) -> list[float] | None:
-    """95 % interval of the mean: Wilson's for outcomes that are right or wrong, else the normal one.
-
-    outcomes: values that are all 0 or 1 are outcomes (a divergence of 0 is none).
-    """
-    if not values:
-        return None
-    if outcomes and set(values) <= {0.0, 1.0}:
-        wilson = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-        return [float(wilson.low), float(wilson.high)]
-    error = stderr(values)
-    return None if error is None else [fmean(values) - 1.96 * error, fmean(values) + 1.96 * error]
 
 
 def summarize(
@@ -84,11 +61,15 @@ def summarize(
     if all(name in row for name in FIDELITY for row in samples):
         summary |= {name: fmean(row[name] for row in samples) for name in FIDELITY}
     if full is not None and is_mean:
-        change = [float(row["score"]) - float(full[row["sample"]]["score"]) for row in scored]
+        change = paired(scores, [float(full[row["sample"]]["score"]) for row in scored])
+        assert change is not None
+        lost, gained = (change.higher, change.lower) if lower_is_better else (change.lower, change.higher)
         summary |= {
-            "difference": fmean(change),
-            "difference_stderr": stderr(change),
-            "lost": sum(c > 0 if lower_is_better else c < 0 for c in change),
-            "gained": sum(c < 0 if lower_is_better else c > 0 for c in change),
+            "difference": change.difference,
+            "difference_stderr": change.stderr,
+            "difference_ci95": change.ci95,
+            "mcnemar_p": change.p,
+            "lost": lost,
+            "gained": gained,
         }
     return summary

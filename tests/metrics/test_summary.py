@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mikv.metrics import summary
-from mikv.metrics.summary import interval, stderr
 
 
 def row(doc_id: int, score: float | None, **more: Any) -> dict[str, Any]:
@@ -37,23 +36,6 @@ def summarize(samples: list[dict[str, Any]], full: Any = None, flags: Any = (), 
     return summary.summarize(samples, full, flags, **({"value": sum(scores) / max(1, len(scores))} | more))
 
 
-@pytest.mark.parametrize(
-    ("values", "wanted"),
-    [
-        ([1.0, 1.0, 1.0, 0.0], 0.25),  # mean 3/4, squares 3/16 + 9/16 = 3/4; 3/4 / 3 / 4 = 1/16
-        ([1.0, 2.0, 3.0], 3**-0.5),  # squares 2; 2 / 2 / 3
-        ([5.0, 5.0], 0.0),
-    ],
-)
-def test_standard_error_by_hand(values: list[float], wanted: float) -> None:
-    assert stderr(values) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("values", [[], [1.0]])
-def test_fewer_than_two_values_have_no_standard_error(values: list[float]) -> None:
-    assert stderr(values) is None
-
-
 def test_value_error_and_wilson_interval_of_three_of_four() -> None:
     """Wilson: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n) with z = 1.959964, p = 3/4, n = 4."""
     got = summarize(rows(True, True, True, False))
@@ -75,6 +57,15 @@ def test_difference_to_the_twin_is_paired_by_sample() -> None:
     assert (got["lost"], got["gained"]) == (2, 1)
     assert got["difference"] == pytest.approx(-0.2)
     assert got["difference_stderr"] == pytest.approx(0.14**0.5)
+
+
+def test_difference_says_how_surely() -> None:
+    """Three right to wrong, one wrong to right, twelve equal: McNemar's p = 2 (1 + 4) / 16."""
+    full = {r["sample"]: r for r in rows(*[True] * 3, False, *[True] * 12)}
+    got = summarize(rows(*[False] * 3, True, *[True] * 12), full)
+    assert got["mcnemar_p"] == pytest.approx(10 / 16)
+    low, high = got["difference_ci95"]
+    assert low < got["difference"] == pytest.approx(-2 / 16) < high
 
 
 def test_twin_may_hold_more_samples_than_were_run() -> None:
@@ -120,13 +111,11 @@ def test_one_sample_has_an_interval_but_no_standard_error(correct: bool, interva
     assert got["lost"] == int(not correct)
 
 
-def test_scores_that_are_no_yes_or_no_have_a_normal_interval() -> None:
+def test_scores_that_are_no_yes_or_no_have_students_interval() -> None:
     """Mean 2, standard error 1/sqrt(3), as by hand above."""
     got = summarize(rows(1.0, 2.0, 3.0))
     assert got["stderr"] == pytest.approx(3**-0.5)
-    assert got["ci95"] == pytest.approx([2 - 1.96 * 3**-0.5, 2 + 1.96 * 3**-0.5])
-    assert interval([0.5]) is None
-    assert interval([]) is None
+    assert got["ci95"] == pytest.approx([2 - 4.302653 * 3**-0.5, 2 + 4.302653 * 3**-0.5])  # two degrees of freedom
 
 
 def test_a_value_that_is_no_mean_of_scores_has_no_interval_and_no_pairs() -> None:
