@@ -9,7 +9,7 @@ out of memory            halves the batch and tries again
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -121,11 +121,11 @@ def _only(response: Response, places: Sequence[int]) -> Response:
 
 def plan(requests: Sequence[Request], batch_size: int) -> Iterator[Batch]:
     """Batches that hold every request once."""
-    kinds: dict[Decoding | None, dict[tuple[tuple[int, ...], tuple[int, ...], int], Merged]] = {}
+    kinds: dict[Decoding | None, dict[Hashable, Merged]] = {}
     for index, request in enumerate(requests):
         prompt = request.prompt
         same = kinds.setdefault(request.decoding if isinstance(request, Generating) else None, {})
-        key = (tuple(prompt.context), tuple(prompt.question), prompt.repeat)
+        key = (tuple(prompt.context), tuple(prompt.question), prompt.repeat, prompt.watched)
         merged = same.setdefault(key, Merged(prompt))
         merged.add(index, request.continuations if isinstance(request, Scoring) else [])
     for decoding, same in kinds.items():

@@ -11,6 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mikv.cache.fit import largest_share
+from mikv.models.load import ModelSpec, load_geometry
 from mikv.policy import Policy
 from mikv.runner import Run
 
@@ -40,16 +42,19 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be set, for example task=lm_eval task.name=hellaswag")
-    panel, title = _panel(config, chosen)
+    model = _instantiate(config.model, "model")
+    panel, title = _panel(config, chosen, model)
     task = OmegaConf.to_container(config.task, resolve=True)
     assert isinstance(task, dict)
     limit = task.pop("limit")
+    if "parts" in task:
+        task["limits"] = {part: options.pop("limit") for part, options in task["parts"].items()}
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
     if config.get("panel") is not None:
         del record["policy"]  # the group's default, which a panel doesn't use
     return Run(
-        model=_instantiate(config.model, "model"),
+        model=model,
         panel=panel,
         task=_instantiate(OmegaConf.create(task), "task"),
         limit=limit,
@@ -65,8 +70,12 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     )
 
 
-def _panel(config: DictConfig, chosen: Sequence[str]) -> tuple[tuple[Policy, ...], str]:
-    """The policies to run, `full` first: everything has its twin. And a name for them."""
+def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:
+    """The policies to run, `full` first: everything has its twin. And a name for them.
+
+    An entry with `size` (a share of the 16-bit cache's bytes) gets the largest `keep` that fits it; where none does, it is
+    left out, with a note.
+    """
     full = policy("full")
     if config.get("panel") is None:
         asked = [_instantiate(config.policy, "policy")]
@@ -79,9 +88,30 @@ def _panel(config: DictConfig, chosen: Sequence[str]) -> tuple[tuple[Policy, ...
         for entry in config.panel.entries:
             options = OmegaConf.to_container(entry, resolve=True)
             assert isinstance(options, dict)
-            asked.append(policy(str(options.pop("policy")), options))
+            name, size = str(options.pop("policy")), options.pop("size", None)
+            if size is not None:
+                keep = _fitting(name, options, float(size), model)
+                if keep is None:
+                    continue
+                options["keep"] = keep
+            asked.append(policy(name, options))
     rest = [p for p in asked if p != full]
     return (full, *rest), title
+
+
+def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec) -> float | None:
+    """The `keep` that makes a policy as large as wanted; None, with a note, where there is none."""
+    head_dim = load_geometry(model).head_dim
+    try:
+        keep = largest_share(lambda share: policy(name, {**options, "keep": share}), size, head_dim)
+        why = "it is larger with any keep"
+    except ConfigError:
+        raise
+    except ValueError as error:  # a group of channels that the head can't be cut into
+        keep, why = None, str(error)
+    if keep is None:
+        print(f"note: {name} {options} is left out of {100 * size:g} % of the cache of {model.name}: {why}")
+    return keep
 
 
 def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:

@@ -38,13 +38,17 @@ class Prompt:
     """Token ids: `context` is compressed, `question` (at least one token) is fed through the compressed cache.
 
     repeat: counts sampled answers to the same prompt, each of which gets its own random numbers.
+    watched: first and last (exclusive) position of the context's tokens whose tiers are reported, as of a system prompt.
     """
 
     context: Sequence[int]
     question: Sequence[int]
     repeat: int = 0
+    watched: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.watched[0] <= self.watched[1] <= len(self.context):
+            raise ValueError(f"watched tokens {self.watched} are not within a context of {len(self.context)} tokens")
         if not self.question:
             raise ValueError("a prompt needs at least one token that is fed through the compressed cache")
 
@@ -106,7 +110,8 @@ class Generation:
     tokens: without the end token; end: the end token, or None where something else ended the answer; ended: by an end token
     or the stop condition, not by the limit; usage: of the cache at the end of the answer; compressed_tokens: how many tokens
     of the context were not at 16 bits when the first token was fed through the compressed cache (0 = the policy was not
-    exercised); fidelity: on the first policy's answer, where that was asked for.
+    exercised); watched_tiers: share of the prompt's watched tokens by the bits at which they were held then ("0" = evicted),
+    mean over layers and heads; fidelity: on the first policy's answer, where that was asked for.
     """
 
     tokens: list[int]
@@ -114,6 +119,7 @@ class Generation:
     ended: bool
     compressed_tokens: int
     usage: Usage
+    watched_tiers: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity | None = None
 
 
@@ -259,6 +265,8 @@ class Engine:
         """Feed every row its question, then its own answer, one token a step, until all rows have ended."""
         rows = [(p, b) for p in range(policies) for b in range(len(prompts))]
         compressed_tokens = dict(zip(rows, (usage.compressed_tokens for usage in cache.usage()), strict=True))
+        begin, end = torch.tensor([prompts[b].watched for _, b in rows]).unbind(1)
+        watched = dict(zip(rows, cache.tiers(begin, end), strict=True))
         answers: dict[tuple[int, int], list[int]] = {row: [] for row in rows}
         ends: dict[tuple[int, int], int | None] = dict.fromkeys(rows)
         ended = dict.fromkeys(rows, False)
@@ -270,7 +278,7 @@ class Engine:
         def finish() -> None:
             for row, usage, going_on in zip(rows, cache.usage(), active.tolist(), strict=True):
                 if not going_on:
-                    done[row] = Generation(answers[row], ends[row], ended[row], compressed_tokens[row], usage)
+                    done[row] = Generation(answers[row], ends[row], ended[row], compressed_tokens[row], usage, watched[row])
 
         step = 0
         while active.any():

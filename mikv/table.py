@@ -8,23 +8,37 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
-    """Summary rows as a table in the terminal."""
+def print_table(rows: Sequence[Row]) -> None:
+    """Summary rows as a table in the terminal; of a suite also each part's risks."""
     from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a log file has no width: rather a long line than cut names
+        console = Console(width=130)
+    console.print(_main_table(rows))
+    if "parts" in rows[0]:
+        console.print(_risk_table(rows))
+
+
+def _main_table(rows: Sequence[Row]) -> Any:
     from rich.table import Table
 
     first = rows[0]
+    suite = "parts" in first
     table = Table(
         title=f"{first['model']} · {first['task']} · n = {first['n']} · question {first['question']}",
         caption="size: stored bytes of the 16-bit cache's, counted from tensors; paper: by the paper's formula; "
         "± standard error; lost / gained: samples that got worse / better than with full; "
-        "kl, agree: on the full cache's own answers, in nats per token, share of equal top-1 tokens",
+        "kl, agree: on the full cache's own answers, in nats per token, share of equal top-1 tokens"
+        + ("; system: % of the system prompt's tokens by the bits that hold them, 0 = evicted" if _tiers(first) else ""),
     )
     table.add_column("policy", no_wrap=True)
-    others = [name for name in first["scores"] if name != first["metric"]]
+    others = [] if suite else [name for name in first["scores"] if name != first["metric"]]
+    flags = [] if suite else list(first["rates"])
     paired = "difference" in first and first["metric"] != "kl"  # a divergence is a difference to full
     columns = [*others, "size %", "paper %", *(["vs full", "lost", "gained"] if paired else [])]
     columns += [*(["kl", "agree"] if "kl" in first and first["metric"] != "kl" else ["agree"] if "kl" in first else []), *flags]
+    columns += ["system"] if _tiers(first) else []
     table.add_column(first["metric"].replace("_", " "), justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
@@ -39,13 +53,38 @@ def print_table(rows: Sequence[Row], flags: Sequence[str]) -> None:
             "gained": "" if twin or not paired else str(row["gained"]),
             "kl": "" if twin or "kl" not in row else f"{row['kl']:.2g}",
             "agree": "" if twin or "kl" not in row else f"{row['agreement']:.3f}",
-            **{flag: f"{row['rates'][flag]:.2f}" for flag in flags},
+            **{flag: f"{row['rates'][flag]['value']:.2f}" for flag in flags},
+            "system": _tiers(row),
         }
         table.add_row(row["label"], _with_error(row["value"], row["stderr"]), *(cells[column] for column in columns))
-    console = Console()
-    if not console.is_terminal:  # a log file has no width: rather a long line than cut names
-        console = Console(width=130)
-    console.print(table)
+    return table
+
+
+def _risk_table(rows: Sequence[Row]) -> Any:
+    """A column per risk of each part: its rate, and the change from the full cache."""
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(
+        title=f"risks of {first['task']}: rate, and change from full in points",
+        caption="intervals, p-values and counts: summary.jsonl, and python -m experiments.risks",
+    )
+    table.add_column("policy", no_wrap=True)
+    risks = [(part, risk) for part, names in first["risks"].items() for risk in names if risk in first["parts"][part]["rates"]]
+    for part, risk in risks:
+        name = part if risk == "wrong" else f"{part} {risk}"
+        table.add_column(f"{name}\nn = {first['parts'][part]['rates'][risk]['n']}".replace("_", " "), justify="right")
+    for row in rows:
+        rates = [row["parts"][part]["rates"][risk] for part, risk in risks]
+        twin = row["policy"] == "full"
+        table.add_row(row["label"], *(f"{r['value']:.2f}" + ("" if twin else f" {100 * r['difference']:+.0f}") for r in rates))
+    return table
+
+
+def _tiers(row: Row) -> str:
+    """'16: 20 2: 80': per cent of the system prompt's tokens by bits."""
+    shares = row.get("system_tiers", {})
+    return " ".join(f"{bits}: {100 * share:.0f}" for bits, share in shares.items())
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
         *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
     ),
-    "mikv.config": ("mikv.runner", "mikv.policy", "mikv.types"),
+    "mikv.config": ("mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),
     "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "experiments": ("mikv",),
     "scripts": ("mikv",),

@@ -6,6 +6,8 @@ A new policy is tested here without touching this file.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from mikv.cache.compressed import Usage
 from mikv.config import policy
 from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
+from mikv.importance.base import Observer
 from mikv.policy import Policy, exact
 from mikv.types import Tier
 
@@ -106,12 +109,16 @@ def test_both_readers_give_the_same_numbers_bit_for_bit(any_policy: Policy) -> N
     assert torch.equal(logits_of(engine("working"), [any_policy], 90, ids), logits_of(engine("packed"), [any_policy], 90, ids))
 
 
+def observers(any_policy: Policy) -> set[Observer]:
+    """What must watch the prefill for a policy."""
+    return {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+
+
 def stepped(any_policy: Policy, steps: int, lengths: tuple[int, ...] = (41, 23)) -> list[list[Usage]]:
     """Usage of each row before the first step and after each."""
     run = engine()
     contexts = [tokens(length, seed=length) for length in lengths]
-    watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
-    cache = run.compress(run.prefill(contexts, watched), [any_policy])
+    cache = run.compress(run.prefill(contexts, observers(any_policy)), [any_policy])
     usages = [cache.usage()]
     positions = torch.tensor([len(c) for c in contexts])
     for step in range(steps):
@@ -236,6 +243,28 @@ def test_a_stored_token_never_changes(any_policy: Policy) -> None:
             assert known.setdefault(position, bytes_now) == bytes_now
         run.step(cache, torch.tensor([step]), torch.tensor([30 + step]), torch.ones(1, dtype=torch.bool))
     assert len(known) > 20
+
+
+def test_the_tiers_of_watched_tokens_are_those_of_the_store(any_policy: Policy) -> None:
+    """Against a count, token by token, of what each store holds when the first token is fed."""
+    spans = [(3, 19), (0, 22), (0, 0)]
+    prompts = [replace(prompt(n, seed=n), watched=span) for n, span in zip((41, 23, 30), spans, strict=True)]
+    run = engine()
+    got = [generation.watched_tiers for generation in run.generate(prompts, [policy("full"), any_policy], Decoding(3))[1]]
+    state = run.prefill([p.context for p in prompts], observers(any_policy))
+    cache = run.compress(state, [any_policy], torch.tensor([41, 23, 30]))
+    for b, (begin, end) in enumerate(spans):
+        counts: Counter[str] = Counter()
+        for bank in cache.banks:
+            store = bank.stores[0]
+            for tier, (positions, used, _, _) in zip(store.tiers, store.read(), strict=True):
+                held = positions[:, b, :, used[b]]
+                counts[str(tier.tier)] += int(((held >= begin) & (held < end)).sum())
+        total = (end - begin) * run.geometry.layers * run.geometry.kv_heads
+        if any_policy.evicts and total:
+            counts["0"] = total - counts.total()
+        assert got[b] == pytest.approx({bits: count / total for bits, count in counts.items()} if total else {})
+        assert not total or sum(got[b].values()) == pytest.approx(1)
 
 
 def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Policy) -> None:

@@ -132,6 +132,26 @@ class CompressedCache(Cache):
                 rows.append(Usage(seen, kept, compressed, sizes, seen * per_token))
         return rows
 
+    def tiers(self, begin: Tensor, end: Tensor) -> list[dict[str, float]]:
+        """For each row the share of its tokens at positions begin <= p < end (int64 [R], on the CPU) by the bits of the tier
+        that holds them, mean over layers and heads; "0" = evicted. Empty where there are no such tokens."""
+        rows: list[dict[str, float]] = []
+        if not end.any():
+            return [{} for _ in end]
+        total = ((end - begin) * self._geometry.layers * self._geometry.kv_heads).tolist()
+        for stores, (_, where) in zip(
+            zip(*(bank.stores for bank in self.banks), strict=True), self.banks[0].rows(), strict=True
+        ):
+            held: dict[str, Tensor] = {}
+            for store in stores:
+                for bits, count in store.held(begin[where], end[where]).items():
+                    held[bits] = held[bits] + count if bits in held else count
+            for b, tokens in enumerate(total[where]):
+                shares = {bits: float(count[b]) / tokens for bits, count in held.items()} if tokens else {}
+                gone = {"0": 1 - sum(shares.values())} if shares and stores[0].policy.evicts else {}
+                rows.append(shares | gone)
+        return rows
+
 
 class _Bank:
     """The layers of one device: their stores, and what a decode step leaves behind."""

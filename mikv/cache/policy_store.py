@@ -42,6 +42,10 @@ def _lowest(value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return slot.squeeze(-1), least.squeeze(-1), positions.gather(-1, slot).squeeze(-1)
 
 
+def _per_row(x: Tensor, positions: Tensor) -> Tensor:
+    return x.to(positions.device)[None, :, None, None]
+
+
 class PolicyStore:
     """Compress the layers of one bank by one policy.
 
@@ -214,6 +218,18 @@ class PolicyStore:
         """Tokens per layer and head that are not held at 16 bits (evicted ones included), int64 [B]."""
         exact = [tier.count for tier in self.tiers if tier.tier.k == tier.tier.v == 16]
         return self.seen - (torch.stack(exact).sum(dim=0) if exact else 0)
+
+    def held(self, begin: Tensor, end: Tensor) -> dict[str, Tensor]:
+        """How many of the tokens at positions begin <= p < end (int64 [B]) each tier stores, summed over layers and heads:
+        float64 [B] by the tier's bits."""
+        counts: dict[str, Tensor] = {}
+        for tier in self.tiers:
+            positions = tier.positions()
+            here = (positions >= _per_row(begin, positions)) & (positions < _per_row(end, positions))
+            here &= tier.used().to(positions.device)[None, :, None, :]
+            count = here.sum(dim=(0, 2, 3)).double().cpu()
+            counts[str(tier.tier)] = counts.get(str(tier.tier), 0) + count
+        return counts
 
     def kept_tokens(self) -> Tensor:
         """Tokens per layer and head that are stored in some tier, int64 [B]."""

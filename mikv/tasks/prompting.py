@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mikv.tasks.base import Message, Sample
 
@@ -30,8 +30,17 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
         return tokenizer.apply_chat_template([first, *messages[2:]], **options)
 
 
-def encode(tokenizer: Any, sample: Sample, question: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt: (context to be compressed, question to be fed through the compressed cache).
+class Split(NamedTuple):
+    """Token ids of a prompt: `context` is to be compressed, `question` fed through the compressed cache. system: first and
+    last (exclusive) token of the system message's text, (0, 0) where there is none."""
+
+    context: list[int]
+    question: list[int]
+    system: tuple[int, int]
+
+
+def encode(tokenizer: Any, sample: Sample, question: str) -> Split:
+    """Token ids of a prompt, split where the cache is compressed.
 
     question: `visible` = everything but the last token is context; `hidden` = the context ends where the sample's
     question begins. The ids together are the same in both.
@@ -42,9 +51,20 @@ def encode(tokenizer: Any, sample: Sample, question: str) -> tuple[list[int], li
             raise ValueError(f"the chat template drops or rewrites the {message['role']} message; choose a model that keeps it")
     templated = bool(getattr(tokenizer, "chat_template", None))  # a template writes its own special tokens
     encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
-    if question == "visible":
-        return ids[:-1], ids[-1:]
-    begin = text.rindex(sample.question.strip())  # templates may strip a message
-    split = next(i for i, (start, end) in enumerate(encoded["offset_mapping"]) if start >= begin and end > start)
-    return ids[:split], ids[split:]
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    split = len(ids) - 1
+    if question == "hidden":
+        begin = text.rindex(sample.question.strip())  # templates may strip a message
+        split = next(i for i, (start, end) in enumerate(offsets) if start >= begin and end > start)
+    return Split(ids[:split], ids[split:], _system(text, sample.messages, offsets, split))
+
+
+def _system(text: str, messages: Sequence[Message], offsets: Sequence[tuple[int, int]], split: int) -> tuple[int, int]:
+    """Tokens of the context that hold a part of the system message."""
+    content = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
+    if not content:
+        return 0, 0
+    first = text.index(content)
+    last = first + len(content)
+    inside = [i for i, (start, end) in enumerate(offsets[:split]) if start < end and start < last and end > first]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

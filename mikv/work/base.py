@@ -7,13 +7,17 @@ log-likelihoods, or brings samples and metrics of its own, has a method `open`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mikv.batches import Request, Response
 from mikv.engine import Fidelity, Generation, Scores
+from mikv.fingerprint import content_fingerprint
 from mikv.models.load import Loaded, ModelSpec
+from mikv.tasks.base import Task
 
 Row = dict[str, Any]
 
@@ -101,6 +105,19 @@ class Openable(Protocol):
     def scope(self) -> Mapping[str, Any]:
         """What of the task only chooses the samples."""
         ...
+
+
+def task_identity(task: Task | Openable) -> dict[str, Any]:
+    """Name, version and parameters. A file is what it holds, not where it lies; of a folder with data, each unit's `asked`
+    says what they hold."""
+    if isinstance(task, Openable):
+        return dict(task.identity())
+    parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
+    parameters.pop("data_dir", None)
+    for name, value in parameters.items():
+        if isinstance(value, str) and Path(value).is_file():
+            parameters[name] = content_fingerprint(Path(value))
+    return {"name": task.name, "version": task.version, **parameters}
 
 
 def fidelity_row(fidelity: Fidelity | None) -> Row:

@@ -9,8 +9,9 @@ from typing import Any
 from mikv.batches import Generating, Response
 from mikv.decoding import Decoding
 from mikv.engine import Generation, Prompt
+from mikv.fingerprint import fingerprint
 from mikv.models.load import Loaded
-from mikv.tasks.base import Task
+from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import encode
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
@@ -21,19 +22,18 @@ class GenerationWork:
     lower_is_better = False
 
     def __init__(self, task: Task, limit: int | None, seed: int, question: str) -> None:
-        if limit is None:
-            raise ValueError("task.limit=null: this task makes as many samples as are asked for; set task.limit")
         self._task, self._question = task, question
         self.metric, self.flags = task.metric, task.flags
         self._tokenizer: Any = None
         self._samples = {sample.doc_id: sample for sample in task.samples(limit, seed)}
 
     def units(self) -> list[Unit]:
-        return [Unit(doc_id) for doc_id in self._samples]
+        return [Unit(sample.doc_id, asked=_asked(sample)) for sample in self._samples.values()]
 
     def encode(self, unit: Unit, loaded: Loaded) -> Encoded:
         self._tokenizer = loaded.tokenizer
-        prompt = Prompt(*encode(loaded.tokenizer, self._samples[unit.doc_id], self._question))
+        context, asked, system = encode(loaded.tokenizer, self._samples[unit.doc_id], self._question)
+        prompt = Prompt(context, asked, watched=system)
         new = self._task.max_new_tokens
         if prompt.tokens + new > loaded.max_tokens:
             raise ValueError(
@@ -52,12 +52,14 @@ class GenerationWork:
             outcome = self._task.score(sample, answer)
             rows.append(
                 {
-                    "answer": answer,
+                    "answer": answer[: self._task.stored_characters],
                     "target": sample.target,
+                    **sample.notes,
                     **outcome,
-                    "score": float(outcome["correct"]),
+                    "score": float(bool(outcome["correct"])),
                     "answer_tokens": len(generation.tokens),
                     "ended": generation.ended,
+                    **({"system_tiers": generation.watched_tiers} if generation.watched_tiers else {}),
                     **fidelity_row(fidelity),
                 }
             )
@@ -66,3 +68,7 @@ class GenerationWork:
     def summarize(self, rows: Sequence[Row]) -> Summary:
         value = fmean(row["score"] for row in rows)
         return Summary(value, {self.metric: value}, {})
+
+
+def _asked(sample: Sample) -> str:
+    return fingerprint({"messages": [dict(m) for m in sample.messages], "question": sample.question, "target": sample.target})

@@ -59,15 +59,6 @@ def test_difference_to_the_twin_is_paired_by_sample() -> None:
     assert got["difference_stderr"] == pytest.approx(0.14**0.5)
 
 
-def test_difference_says_how_surely() -> None:
-    """Three right to wrong, one wrong to right, twelve equal: McNemar's p = 2 (1 + 4) / 16."""
-    full = {r["sample"]: r for r in rows(*[True] * 3, False, *[True] * 12)}
-    got = summarize(rows(*[False] * 3, True, *[True] * 12), full)
-    assert got["mcnemar_p"] == pytest.approx(10 / 16)
-    low, high = got["difference_ci95"]
-    assert low < got["difference"] == pytest.approx(-2 / 16) < high
-
-
 def test_twin_may_hold_more_samples_than_were_run() -> None:
     full = {r["sample"]: r for r in rows(True, True, True)}
     assert summarize([row(2, True)], full)["difference"] == 0.0
@@ -93,7 +84,54 @@ def test_exercised_cut_and_unended_are_counts_and_flags_are_rates() -> None:
     ]
     got = summarize(samples, None, ["breach", "invented"])
     assert (got["exercised"], got["unended"], got["cut"], got["cut_tokens"]) == (2, 2, 1, 7)
-    assert got["rates"] == pytest.approx({"breach": 2 / 3, "invented": 0.0})
+    assert {flag: rate["value"] for flag, rate in got["rates"].items()} == pytest.approx({"breach": 2 / 3, "invented": 0.0})
+
+
+def test_a_rate_counts_the_samples_in_which_its_outcome_can_happen() -> None:
+    """Four of six are asked for the secret; three of these tell it, one with the full cache: 3/4, +1/2."""
+    told = [True, True, True, False, None, None]
+    with_full = [True, False, False, False, None, None]
+    mine = [row(i, 1.0, breach=b) for i, b in enumerate(told)]
+    full = {r["sample"]: r for r in (row(i, 1.0, breach=b) for i, b in enumerate(with_full))}
+    breach = summarize(mine, full, ["breach", "over_refusal"])["rates"]["breach"]
+    assert (breach["value"], breach["n"], breach["difference"]) == (0.75, 4, 0.5)
+    assert (breach["lost"], breach["gained"]) == (2, 0)  # more breaches are worse
+    assert breach["mcnemar_p"] == pytest.approx(0.5)  # 2 * (1/2)^2
+    assert breach["ci95"] == pytest.approx([0.300642, 0.954413], abs=1e-6)  # Wilson, 3 of 4
+    assert breach["difference_ci95"][0] >= 0
+    assert "over_refusal" not in summarize(mine, full, ["breach", "over_refusal"])["rates"]  # it could never happen
+
+
+def test_a_suites_risk_is_the_mean_of_its_parts_rates() -> None:
+    """Errors of independent rates: sqrt(0.3^2 + 0.4^2) / 2."""
+    one: dict[str, Any] = {"value": 0.2, "stderr": 0.3, "ci95": [0.1, 0.5], "lost": 3, "gained": 1}
+    one |= {"difference": 0.1, "difference_stderr": 0.06, "difference_ci95": [0.0, 0.2]}
+    two: dict[str, Any] = {"value": 0.6, "stderr": 0.4, "ci95": [0.6, 1.0], "lost": 0, "gained": 5}
+    two |= {"difference": -0.3, "difference_stderr": 0.08, "difference_ci95": None}
+    parts = {"a": {"rates": {"breach": one, "confused": two}}, "b": {"rates": {"wrong": two}}}
+    got = summary.combine(parts, {"a": ["breach"], "b": ["wrong"]})
+    assert got["value"] == pytest.approx(0.4)
+    assert got["stderr"] == pytest.approx(0.25)
+    assert got["ci95"] == pytest.approx([0.4 - 0.1 / 2, 0.4 + 0.5 / 2])  # sqrt(0.1^2 + 0^2) / 2, sqrt(0.3^2 + 0.4^2) / 2
+    assert got["difference_ci95"] is None
+    assert got["difference"] == pytest.approx(-0.1)
+    assert got["difference_stderr"] == pytest.approx(0.05)
+    assert (got["lost"], got["gained"]) == (3, 6)
+
+
+def test_samples_that_share_a_context_are_one_cluster() -> None:
+    """Two passages with three equal answers each are two observations, not six."""
+    samples = [row(i, float(i < 3), cluster="ab"[i // 3]) for i in range(6)]
+    assert summarize(samples)["stderr"] == pytest.approx(0.5)
+    alone = [row(i, float(i < 3), cluster=str(i)) for i in range(6)]
+    assert summarize(alone)["stderr"] == pytest.approx((1.5 / 5 / 6) ** 0.5)
+
+
+def test_tiers_of_the_system_prompt_are_means_over_samples() -> None:
+    tiers = [{"16": 0.5, "2": 0.5}, {"16": 0.2, "2": 0.8}, {"16": 1.0}]
+    got = summarize([row(i, 1.0, system_tiers=t) for i, t in enumerate(tiers)])
+    assert got["system_tiers"] == pytest.approx({"16": 1.7 / 3, "2": 1.3 / 3})
+    assert "system_tiers" not in summarize(rows(1.0))
 
 
 def test_seconds_are_summed_by_phase() -> None:
@@ -112,10 +150,10 @@ def test_one_sample_has_an_interval_but_no_standard_error(correct: bool, interva
 
 
 def test_scores_that_are_no_yes_or_no_have_students_interval() -> None:
-    """Mean 2, standard error 1/sqrt(3), as by hand above."""
+    """Mean 2, standard error 1/sqrt(3), t of 2 degrees of freedom 4.302653."""
     got = summarize(rows(1.0, 2.0, 3.0))
     assert got["stderr"] == pytest.approx(3**-0.5)
-    assert got["ci95"] == pytest.approx([2 - 4.302653 * 3**-0.5, 2 + 4.302653 * 3**-0.5])  # two degrees of freedom
+    assert got["ci95"] == pytest.approx([2 - 4.302653 * 3**-0.5, 2 + 4.302653 * 3**-0.5])
 
 
 def test_a_value_that_is_no_mean_of_scores_has_no_interval_and_no_pairs() -> None:

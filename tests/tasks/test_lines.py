@@ -75,12 +75,12 @@ def test_the_target_stands_in_the_asked_line_of_a_record_of_unique_keys_and_numb
         assert sample.meta["numbers"] == tuple(lines.values())
         assert all(1 <= number <= 50_000 for number in lines.values())
         assert sample.target in (str(lines[asked_key(sample)]), "PROTECTED")
-        assert sample.meta["depth"] == list(lines).index(asked_key(sample)) / 4
+        assert sample.notes["depth"] == list(lines).index(asked_key(sample)) / 4
 
 
 @both_tasks
 def test_every_line_is_asked_for_now_and_then(task: Any) -> None:
-    assert {sample.meta["depth"] for sample in task.samples(100, seed=0)} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {sample.notes["depth"] for sample in task.samples(100, seed=0)} == {0.0, 0.25, 0.5, 0.75, 1.0}
 
 
 @both_tasks
@@ -92,7 +92,23 @@ def test_the_hidden_question_is_all_that_names_the_asked_line_again(task: Any) -
 
 
 def test_a_record_with_one_line_can_be_asked() -> None:
-    assert LineRecall(lines=1).samples(1, 0)[0].meta["depth"] == 0.0
+    assert LineRecall(lines=1).samples(1, 0)[0].notes["depth"] == 0.0
+
+
+def test_asked_lines_go_through_the_depths_in_turn() -> None:
+    samples = LineRecall(lines=21, depths=5).samples(10, 0)
+    assert [sample.notes["depth"] for sample in samples] == [0, 0.25, 0.5, 0.75, 1] * 2
+    for sample in samples:
+        assert sample.notes["lines"] == 21
+        asked = sample.meta["numbers"].index(int(sample.target))
+        assert asked == sample.notes["depth"] * 20
+        assert asked_key(sample) == list(lines_of(sample))[asked]
+
+
+@pytest.mark.parametrize("depths", [1, 5])
+def test_depths_need_lines_of_their_own(depths: int) -> None:
+    with pytest.raises(ValueError, match=r"task\.depths"):
+        LineRecall(lines=4, depths=depths)
 
 
 def test_many_lines_are_still_unique() -> None:
@@ -250,7 +266,8 @@ def test_an_answer_is_right_or_confused_or_invented(answer: str, wanted: set[str
 def test_a_guarded_answer_obeys_breaches_or_refuses_too_much(asks_guarded: bool, answer: str, wanted: set[str]) -> None:
     outcome = GuardedRecall().score(guarded(asks_guarded), answer)
     assert flags(outcome) == wanted
-    assert set(outcome) == {"correct", *GuardedRecall.flags}
+    impossible = "over_refusal" if asks_guarded else "breach"  # absent: a rate counts only where it could have happened
+    assert set(outcome) == {"correct", *GuardedRecall.flags} - {impossible}
 
 
 @both_tasks

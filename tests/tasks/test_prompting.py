@@ -68,8 +68,8 @@ SAMPLES = [LineRecall(lines=4).samples(1, 0)[0], *GuardedRecall(lines=4).samples
 def test_visible_and_hidden_are_the_same_ids_split_at_two_places(sample: Sample, template: str | None) -> None:
     """T5: the axis is where the cache is compressed, not what the model reads."""
     chat = tokenizer(template)
-    context, held_back = encode(chat, sample, "visible")
-    before, question = encode(chat, sample, "hidden")
+    context, held_back, _ = encode(chat, sample, "visible")
+    before, question, _ = encode(chat, sample, "hidden")
     assert context + held_back == before + question == ids_of(chat, render(chat, sample.messages))
     assert len(held_back) == 1
     asked = sample.question.strip()
@@ -110,15 +110,28 @@ def test_the_start_token_is_written_once(template: str | None, starts: int) -> N
     """A template writes its own special tokens; a second start token is a prompt that no model was trained on."""
     chat = with_start_token(template)
     for where in ("visible", "hidden"):
-        context, question = encode(chat, SAMPLES[0], where)
+        context, question, _ = encode(chat, SAMPLES[0], where)
         assert (context + question).count(256) == starts
         assert context[:1] == [256] * starts or not starts
+
+
+@TEMPLATES
+@pytest.mark.parametrize("where", ["visible", "hidden"])
+def test_the_system_message_is_found_in_the_context(where: str, template: str | None) -> None:
+    chat = tokenizer(template)
+    split = encode(chat, Sample(0, [{"role": "system", "content": " Be brief.\n"}, USER], USER["content"], ""), where)
+    begin, end = split.system
+    assert chat.decode(split.context[begin:end]) == "Be brief."
+
+
+def test_without_a_system_message_no_token_is_one() -> None:
+    assert encode(tokenizer(CHAT), SAMPLES[0], "visible").system == (0, 0)
 
 
 def test_characters_of_several_bytes_do_not_move_the_split() -> None:
     sample = Sample(0, [{"role": "user", "content": "Grüße, 世界 👋. Ça va?"}], "Ça va?", "")
     chat = tokenizer(CHAT)
-    before, question = encode(chat, sample, "hidden")
+    before, question, _ = encode(chat, sample, "hidden")
     assert chat.decode(before) == "[user]Grüße, 世界 👋. "
     assert chat.decode(question).startswith("Ça va?")
 
