@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
     from mikv.runner import RunError, execute
-    from mikv.work.base import DataUnavailable
+    from mikv.tasks.data import DataUnavailable
 
     known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported)
     try:

@@ -7,6 +7,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+# Columns of a table of risks: more would be folded.
+_RISKS = 6
+
 
 def print_table(rows: Sequence[Row]) -> None:
     """Summary rows as a table in the terminal; of a suite also each part's risks."""
@@ -16,8 +19,14 @@ def print_table(rows: Sequence[Row]) -> None:
     if not console.is_terminal:  # a log file has no width: rather a long line than cut names
         console = Console(width=130)
     console.print(_main_table(rows))
-    if "parts" in rows[0]:
-        console.print(_risk_table(rows))
+    first = rows[0]
+    if "parts" in first:
+        risks = [
+            (part, name) for part, names in first["risks"].items() for name in names if name in first["parts"][part]["rates"]
+        ]
+        for start in range(0, len(risks), _RISKS):
+            console.print(_risk_table(rows, risks[start : start + _RISKS]))
+        print("intervals, p-values and counts of each rate: summary.jsonl, and python -m experiments.risks")
 
 
 def _main_table(rows: Sequence[Row]) -> Any:
@@ -60,19 +69,15 @@ def _main_table(rows: Sequence[Row]) -> Any:
     return table
 
 
-def _risk_table(rows: Sequence[Row]) -> Any:
-    """A column per risk of each part: its rate, and the change from the full cache."""
+def _risk_table(rows: Sequence[Row], risks: Sequence[tuple[str, str]]) -> Any:
+    """A column per (part, risk): its rate, and the change from the full cache."""
     from rich.table import Table
 
     first = rows[0]
-    table = Table(
-        title=f"risks of {first['task']}: rate, and change from full in points",
-        caption="intervals, p-values and counts: summary.jsonl, and python -m experiments.risks",
-    )
+    table = Table(title=f"risks of {first['task']}: rate, and change from full in points")
     table.add_column("policy", no_wrap=True)
-    risks = [(part, risk) for part, names in first["risks"].items() for risk in names if risk in first["parts"][part]["rates"]]
     for part, risk in risks:
-        name = part if risk == "wrong" else f"{part} {risk}"
+        name = part if risk == "wrong" else f"{part}\n{risk}"
         table.add_column(f"{name}\nn = {first['parts'][part]['rates'][risk]['n']}".replace("_", " "), justify="right")
     for row in rows:
         rates = [row["parts"][part]["rates"][risk] for part, risk in risks]

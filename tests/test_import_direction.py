@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRANCES: dict[str, tuple[str, ...]] = {
     "wandb": ("mikv.tracking",),
     "lm_eval": ("mikv.lm",),
-    "datasets": ("mikv.lm",),
+    "datasets": ("mikv.lm", "mikv.tasks.data"),
     "triton": ("mikv.kernels",),
     "hydra": ("run", "mikv.config"),
     "omegaconf": ("run", "mikv.config"),

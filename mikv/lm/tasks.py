@@ -22,7 +22,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from mikv.work.base import DataUnavailable
+from mikv.tasks.data import DataUnavailable
 
 # File names that follow no rule, by the hub's name of the data set and the split.
 _PUBLISHED = {

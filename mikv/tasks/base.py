@@ -40,8 +40,12 @@ class Task(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     metric: ClassVar[str]
-    flags: ClassVar[tuple[str, ...]]  # names of the boolean outcomes that `score` returns besides `correct`
     max_new_tokens: int
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the boolean outcomes that `score` returns besides `correct`."""
+        ...
 
     @property
     def stored_characters(self) -> int | None:
@@ -58,6 +62,14 @@ class Task(Protocol):
     def score(self, sample: Sample, answer: str) -> dict[str, bool | None]:
         """Outcome of one answer: `correct`, and those of `flags` that can happen to this sample (None or absent = can't: a
         rate counts only the samples in which its outcome was possible)."""
+        ...
+
+
+class Judge(Protocol):
+    """Whoever says whether an answer does what was asked for, where phrases say too little."""
+
+    def verdict(self, prompt: str, answer: str) -> bool | None:
+        """Does the answer do what the prompt asks for? None = the judge's reply can't be read."""
         ...
 
 

@@ -8,6 +8,7 @@ log-likelihoods, or brings samples and metrics of its own, has a method `open`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,6 @@ from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
 
 Row = dict[str, Any]
-
-
-class DataUnavailable(RuntimeError):
-    """A task's data can't be had; the message says how to get them."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def task_identity(task: Task | Openable) -> dict[str, Any]:
     parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
     parameters.pop("data_dir", None)
     for name, value in parameters.items():
-        if isinstance(value, str) and Path(value).is_file():
+        if isinstance(value, str) and os.path.isfile(value):  # Path.is_file raises where a text is too long for a path
             parameters[name] = content_fingerprint(Path(value))
     return {"name": task.name, "version": task.version, **parameters}
 

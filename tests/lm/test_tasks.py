@@ -13,7 +13,7 @@ from own_tasks import write
 
 from mikv.lm.humaneval import HUMANEVAL
 from mikv.lm.tasks import Catalogue
-from mikv.work.base import DataUnavailable
+from mikv.tasks.data import DataUnavailable
 
 
 @pytest.fixture
