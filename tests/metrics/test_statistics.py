@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from mikv.metrics import statistics
 from mikv.metrics.statistics import interval, paired, stderr
@@ -49,7 +50,28 @@ def test_intervals_by_hand() -> None:
 
 
 def test_an_interval_of_clustered_outcomes_stays_between_0_and_1() -> None:
-    assert interval([1, 1, 1, 0], clusters=list("aabb")) == [0.0, 1.0]
+    low, high = interval([1, 1, 1, 0], clusters=list("aabb")) or (0, 0)
+    assert 0 <= low < 0.05
+    assert 0.95 < high <= 1
+
+
+def test_questions_on_one_passage_widen_the_interval() -> None:
+    """Twelve passages with four questions each, all answered alike: as good as twelve questions, and no better."""
+    values = [float(passage % 3 > 0) for passage in range(12) for _ in range(4)]
+    apart, together = interval(values) or (0, 0), interval(values, clusters=[i // 4 for i in range(48)]) or (0, 0)
+    assert together[1] - together[0] == pytest.approx(2 * (apart[1] - apart[0]), rel=0.15)
+
+
+def test_all_right_in_few_clusters_is_not_certain() -> None:
+    """Four clusters, Student's quantile with three degrees of freedom: from 4 / (4 + 3.182446 squared)."""
+    assert interval([1.0] * 40, clusters=[i % 4 for i in range(40)]) == pytest.approx([4 / (4 + 3.182446**2), 1.0])
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 4), (17, 20), (48, 48)])
+def test_outcomes_have_wilsons_interval(right: int, n: int) -> None:
+    """Ours takes any n, scipy's whole ones."""
+    wanted = binomtest(right, n).proportion_ci(method="wilson")
+    assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx([wanted.low, wanted.high])
 
 
 def test_a_paired_comparison_by_hand() -> None:
@@ -67,15 +89,63 @@ def test_nothing_to_compare() -> None:
     assert paired([], []) is None
     one = paired([1.0], [0.0])
     assert one is not None
-    assert (one.stderr, one.ci95, one.p) == (None, None, 1.0)
-    same = paired([1.0, 0.0], [1.0, 0.0])
+    assert (one.stderr, one.p) == (None, 1.0)
+    fewer = paired([0.5], [0.25])
+    assert fewer is not None
+    assert (fewer.stderr, fewer.ci95, fewer.p) == (None, None, None)
+    same = paired([0.25, 0.5], [0.25, 0.5])
     assert same is not None
-    assert (same.difference, same.ci95, same.p) == (0.0, [0.0, 0.0], 1.0)
+    assert (same.difference, same.ci95) == (0.0, [0.0, 0.0])
     numbers = paired([0.5, 0.25], [0.25, 0.25])
     assert numbers is not None
     assert numbers.p is None  # McNemar's test is one of outcomes
     with pytest.raises(ValueError, match="no pairs"):
         paired([1.0], [])
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    [
+        (5, 0, 2 / 32),
+        (8, 1, 2 * (1 + 9) / 512),
+        (1, 8, 2 * (1 + 9) / 512),
+        (2, 1, 1.0),  # 2 * (1 + 3) / 8, and no probability is above 1
+        (0, 0, 1.0),
+    ],
+)
+def test_mcnemars_exact_test_by_hand(lost: int, gained: int, p: float) -> None:
+    """Of the pairs that changed, each direction is as likely as the other: a binomial with one half."""
+    got = paired([0.0] * lost + [1.0] * (gained + 9), [1.0] * lost + [0.0] * gained + [1.0] * 9)
+    assert got is not None
+    assert got.p == pytest.approx(p)
+
+
+def test_samples_that_share_clusters_have_no_mcnemar() -> None:
+    change = paired([0.0, 1.0, 1.0], [1.0, 1.0, 1.0], clusters=["a", "a", "b"])
+    assert change is not None
+    assert change.p is None
+    assert change.ci95 is not None
+
+
+@pytest.mark.parametrize(
+    ("lost", "wanted"),
+    [
+        (0, [-0.0741001296661, 0.0741001296661]),
+        (48, [-1.0, -0.8517997406674]),
+    ],
+)
+def test_no_change_in_48_pairs_does_not_prove_that_there_is_none(lost: int, wanted: list[float]) -> None:
+    """Wanted: the roots of Tango's equation (Statistics in Medicine 17, 1998), found numerically."""
+    change = paired([0.0] * lost + [1.0] * (48 - lost), [1.0] * 48)
+    assert change is not None
+    assert change.ci95 == pytest.approx(wanted)
+
+
+def test_ten_of_100_lost_has_the_quantiles_of_a_binomial() -> None:
+    """A resample loses binomial(100, 0.1), whose 2.5 and 97.5 % quantiles are 5 and 16."""
+    got = paired([0.0] * 10 + [1.0] * 90, [1.0] * 100)
+    assert got is not None
+    assert got.ci95 == pytest.approx([-0.16, -0.05], abs=0.011)
 
 
 def test_the_bootstrap_is_seeded() -> None:
@@ -143,3 +213,26 @@ def test_bootstrap_intervals_of_paired_differences_hold_the_truth_as_often_as_th
         assert got.ci95 is not None
         hits += got.ci95[0] <= -0.12 <= got.ci95[1]
     coverage(hits, 300)
+
+
+def test_rare_losses_are_not_denied() -> None:
+    """3 % lost of 48: in 23 % of experiments no pair changes, and the bootstrap alone would be certain of a falsehood."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        got = paired((rng.random(48) >= 0.03).astype(float).tolist(), [1.0] * 48)
+        assert got is not None
+        assert got.ci95 is not None
+        hits += got.ci95[0] <= -0.03 <= got.ci95[1]
+    assert hits / 400 > 0.92
+
+
+def test_intervals_of_outcomes_in_clusters_hold_the_truth_as_often_as_they_say() -> None:
+    """30 passages, 6 questions each, mostly answered alike."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        values = (rng.random((30, 6)) < rng.beta(2, 1, 30)[:, None]).astype(float).ravel().tolist()
+        low, high = interval(values, clusters=[i // 6 for i in range(180)]) or (0, 0)
+        hits += low <= 2 / 3 <= high
+    coverage(hits, 1000)
