@@ -60,9 +60,9 @@ _FUNCTION_WORDS = """
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 ABSTENTION = re.compile(
-    r"(?:can(?:no|')?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
-    r"(?:not|n't) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
-    r"no (?:information|mention|answer))",
+    r"\b(?:can(?:no|['’])?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
+    r"(?:not|\w+n['’]t) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
+    r"no (?:information|mention|answer))\b",
     re.IGNORECASE,
 )
 
@@ -121,7 +121,7 @@ class ContextQA:
         file = Path(self.file).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"task.file={self.file} is no file. Wanted: JSON lines with context, question, answers.text"
+                f"task.file={self.file} is no file; wanted: JSON lines with context, question, answers.text"
             )
         rows = read_rows(file, SQUAD_FIELDS)
         if unanswered := sum(not _answers(row) for row in rows):
