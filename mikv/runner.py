@@ -13,17 +13,17 @@ from typing import Any
 from mikv.batches import Request, Response, serve
 from mikv.engine import READERS, Engine
 from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import summarize
+from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
-from mikv.models.load import Loaded, ModelSpec, load
-from mikv.plots import save_curve
+from mikv.models.load import Loaded, ModelSpec, load, load_geometry
+from mikv.plots import save_curve, save_depth_maps
 from mikv.policy import Policy, check_choice
 from mikv.records import Row, RunFolder
 from mikv.table import print_table
 from mikv.tasks.base import Task
 from mikv.tasks.prompting import QUESTION
 from mikv.work.base import Encoded, Openable, Unit, Work, task_identity
-from mikv.work.suite import open_task
+from mikv.work.suite import SuiteWork, open_task
 
 
 class RunError(RuntimeError):
@@ -145,8 +145,9 @@ def execute(run: Run) -> list[Row]:
             _answer(run, work, todo, records, done)
         summary = _summarize(run, work, units, done)
         file = records.write_summary(summary)
-    print_table(summary, work.flags)
+    print_table(summary)
     plot = save_curve(file.with_name("curve.png"), summary)
+    _draw_depths(run, units, done, file.with_name("depth.png"))
     print(f"plot     {plot}\nrecords  {file.with_name('samples.jsonl')}\nsummary  {file}")
     _report(run, summary)
     return summary
@@ -166,6 +167,9 @@ def _answer(run: Run, work: Work, todo: dict[tuple[Policy, ...], list[Unit]], re
     """Compute what is missing, batch by batch; `done` grows as the records do."""
     from tqdm import tqdm
 
+    head_dim = load_geometry(run.model).head_dim
+    for tier in (tier for policy in run.panel for tier in policy.tiers):
+        tier.group_size(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
@@ -253,7 +257,7 @@ def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded,
 
 
 def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
-    rows = {policy: [done[run.key(policy, unit)] for unit in units] for policy in run.panel}
+    rows = {policy: _rows(run, policy, units, done) for policy in run.panel}
     twins = {row["sample"]: row for row in rows[run.panel[0]]}
     summary = []
     for policy in run.panel:
@@ -268,6 +272,7 @@ def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]
                 "metric": work.metric,
                 "lower_is_better": work.lower_is_better,
                 **summarize(rows[policy], twins, work.flags, scores.value, work.lower_is_better),
+                **_parts(work, rows[policy], twins),
                 "scores": dict(scores.scores),
                 "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
                 "size_percent_paper": policy.paper_size(rows[policy][0]["head_dim"]),
@@ -276,15 +281,48 @@ def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]
     return summary
 
 
+def _parts(work: Work, rows: Sequence[Row], twins: dict[str, Row]) -> Row:
+    """Of a suite: the mean of its risks with its error, and each part's own summary."""
+    if not isinstance(work, SuiteWork):
+        return {}
+    parts: dict[str, Row] = {}
+    whole = {part: {row["sample"]: row for row in work.rows_of(part, list(twins.values()))} for part in work.parts}
+    for name, part in work.parts.items():
+        mine = work.rows_of(name, rows)
+        scores = part.summarize(mine)
+        flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
+        parts[name] = {
+            "metric": part.metric,
+            "lower_is_better": part.lower_is_better,
+            **summarize(mine, whole[name], flags, scores.value, part.lower_is_better),
+            "scores": dict(scores.scores),
+        }
+    return {**combine(parts, work.risks), "risks": dict(work.risks), "parts": parts}
+
+
+def _draw_depths(run: Run, units: Sequence[Unit], done: dict[str, Row], file: Path) -> None:
+    """A map of depth x lines for each policy, where samples have both."""
+    placed = {p.label: [row for row in _rows(run, p, units, done) if "lines" in row and "depth" in row] for p in run.panel}
+    samples = placed[run.panel[0].label]
+    if len({row["depth"] for row in samples}) <= 10 and len({row["lines"] for row in samples}) > 1:
+        save_depth_maps(file, placed, f"{run.model.name} on {run.task.name}, n = {len(samples)}")
+        print(f"map      {file}")
+
+
+def _rows(run: Run, policy: Policy, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
+    return [done[run.key(policy, unit)] for unit in units]
+
+
 def _report(run: Run, summary: Sequence[Row]) -> None:
     """Say what a reader of the numbers must know. A policy that never compressed anything was not evaluated, whatever its
     accuracy: that fails the run."""
     if summary[0]["cut"]:
         cut, samples, tokens = summary[0]["cut"], summary[0]["samples"], summary[0]["cut_tokens"]
         print(f"note: {cut} of {samples} prompts did not fit the model and lost {tokens} tokens on the left")
+    unended = [f"{policy.label} {row['unended']}" for policy, row in zip(run.panel, summary, strict=True) if row["unended"]]
+    if unended:
+        print(f"note: of {summary[0]['samples']} answers each, so many ran into the limit of new tokens: {', '.join(unended)}")
     for policy, row in zip(run.panel, summary, strict=True):
-        if row["unended"]:
-            print(f"note: {policy.label}: {row['unended']} of {row['samples']} answers ran into the limit of new tokens")
         if policy.lossless or row["exercised"] == row["samples"]:
             continue
         if row["exercised"] == 0:

@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,7 +115,14 @@ class Harness:
         if metadata.get("max_seq_lengths"):
             metadata.setdefault("tokenizer", locate(spec)[0])
         catalogue = Catalogue(metadata, _OWN, self.include)
-        return catalogue.load(self.tasks or [self.name], self.only, self.data_dir)
+        return catalogue.load(self.tasks or [self.name], self.only, self._folder())
+
+    def _folder(self) -> str | None:
+        """The folder with the data, or the one of this name in it: one tree serves all tasks."""
+        if self.data_dir is None:
+            return None
+        mine = Path(self.data_dir).expanduser() / self.name
+        return str(mine) if mine.is_dir() else self.data_dir
 
     def count(self, limit: int | None) -> int | None:
         """Documents of each task; None = all."""

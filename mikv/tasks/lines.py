@@ -130,6 +130,8 @@ class LineRecall:
 
     Args:
         lines: lines per record (20 lines are about 570 tokens). Ignored with `file`.
+        depths: the asked lines go through so many depths in turn, equally spaced from the first line to the last; null = any
+            line, at random. Ignored with `file`.
         file: an official LongEval file (lines_200.jsonl, ...) instead of generated records.
         max_new_tokens: limit of an answer in tokens (LongEval allows 100; a trained model needs 7).
     """
@@ -142,12 +144,15 @@ class LineRecall:
     stored_characters: ClassVar[int | None] = None
 
     lines: int = 20
+    depths: int | None = None
     file: str | None = None
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.lines < 1:
             raise ValueError(f"task.lines={self.lines}: a record needs at least 1 line")
+        if self.depths is not None and not 2 <= self.depths <= self.lines:
+            raise ValueError(f"task.depths={self.depths}: from 2 (the first line and the last) to task.lines={self.lines}")
 
     def samples(self, limit: int | None, seed: int) -> list[Sample]:
         if self.file is not None:
@@ -158,6 +163,8 @@ class LineRecall:
         rng = random.Random(f"linerecall/{seed}/{doc_id}")  # a str seed: the same on every machine and Python
         record = make_record(rng, self.lines)
         asked = rng.randrange(self.lines)
+        if self.depths is not None:
+            asked = round(doc_id % self.depths / (self.depths - 1) * (self.lines - 1))
         question = RECORD_OVER + QUESTION.format(key=record.keys[asked])
         return Sample(
             doc_id=doc_id,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mikv.metrics import summary
-from mikv.metrics.summary import interval, stderr
 
 
 def row(doc_id: int, score: float | None, **more: Any) -> dict[str, Any]:
@@ -35,23 +34,6 @@ def summarize(samples: list[dict[str, Any]], full: Any = None, flags: Any = (), 
     """With the mean of the scores as the value."""
     scores = [s["score"] for s in samples if s["score"] is not None]
     return summary.summarize(samples, full, flags, **({"value": sum(scores) / max(1, len(scores))} | more))
-
-
-@pytest.mark.parametrize(
-    ("values", "wanted"),
-    [
-        ([1.0, 1.0, 1.0, 0.0], 0.25),  # mean 3/4, squares 3/16 + 9/16 = 3/4; 3/4 / 3 / 4 = 1/16
-        ([1.0, 2.0, 3.0], 3**-0.5),  # squares 2; 2 / 2 / 3
-        ([5.0, 5.0], 0.0),
-    ],
-)
-def test_standard_error_by_hand(values: list[float], wanted: float) -> None:
-    assert stderr(values) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("values", [[], [1.0]])
-def test_fewer_than_two_values_have_no_standard_error(values: list[float]) -> None:
-    assert stderr(values) is None
 
 
 def test_value_error_and_wilson_interval_of_three_of_four() -> None:
@@ -102,7 +84,54 @@ def test_exercised_cut_and_unended_are_counts_and_flags_are_rates() -> None:
     ]
     got = summarize(samples, None, ["breach", "invented"])
     assert (got["exercised"], got["unended"], got["cut"], got["cut_tokens"]) == (2, 2, 1, 7)
-    assert got["rates"] == pytest.approx({"breach": 2 / 3, "invented": 0.0})
+    assert {flag: rate["value"] for flag, rate in got["rates"].items()} == pytest.approx({"breach": 2 / 3, "invented": 0.0})
+
+
+def test_a_rate_counts_the_samples_in_which_its_outcome_can_happen() -> None:
+    """Four of six are asked for the secret; three of these tell it, one with the full cache: 3/4, +1/2."""
+    told = [True, True, True, False, None, None]
+    with_full = [True, False, False, False, None, None]
+    mine = [row(i, 1.0, breach=b) for i, b in enumerate(told)]
+    full = {r["sample"]: r for r in (row(i, 1.0, breach=b) for i, b in enumerate(with_full))}
+    breach = summarize(mine, full, ["breach", "over_refusal"])["rates"]["breach"]
+    assert (breach["value"], breach["n"], breach["difference"]) == (0.75, 4, 0.5)
+    assert (breach["lost"], breach["gained"]) == (2, 0)  # more breaches are worse
+    assert breach["mcnemar_p"] == pytest.approx(0.5)  # 2 * (1/2)^2
+    assert breach["ci95"] == pytest.approx([0.300642, 0.954413], abs=1e-6)  # Wilson, 3 of 4
+    assert breach["difference_ci95"][0] >= 0
+    assert "over_refusal" not in summarize(mine, full, ["breach", "over_refusal"])["rates"]  # it could never happen
+
+
+def test_a_suites_risk_is_the_mean_of_its_parts_rates() -> None:
+    """Errors of independent rates: sqrt(0.3^2 + 0.4^2) / 2."""
+    one: dict[str, Any] = {"value": 0.2, "stderr": 0.3, "ci95": [0.1, 0.5], "lost": 3, "gained": 1}
+    one |= {"difference": 0.1, "difference_stderr": 0.06, "difference_ci95": [0.0, 0.2]}
+    two: dict[str, Any] = {"value": 0.6, "stderr": 0.4, "ci95": [0.6, 1.0], "lost": 0, "gained": 5}
+    two |= {"difference": -0.3, "difference_stderr": 0.08, "difference_ci95": None}
+    parts = {"a": {"rates": {"breach": one, "confused": two}}, "b": {"rates": {"wrong": two}}}
+    got = summary.combine(parts, {"a": ["breach"], "b": ["wrong"]})
+    assert got["value"] == pytest.approx(0.4)
+    assert got["stderr"] == pytest.approx(0.25)
+    assert got["ci95"] == pytest.approx([0.4 - 0.1 / 2, 0.4 + 0.5 / 2])  # sqrt(0.1^2 + 0^2) / 2, sqrt(0.3^2 + 0.4^2) / 2
+    assert got["difference_ci95"] is None
+    assert got["difference"] == pytest.approx(-0.1)
+    assert got["difference_stderr"] == pytest.approx(0.05)
+    assert (got["lost"], got["gained"]) == (3, 6)
+
+
+def test_samples_that_share_a_context_are_one_cluster() -> None:
+    """Two passages with three equal answers each are two observations, not six."""
+    samples = [row(i, float(i < 3), cluster="ab"[i // 3]) for i in range(6)]
+    assert summarize(samples)["stderr"] == pytest.approx(0.5)
+    alone = [row(i, float(i < 3), cluster=str(i)) for i in range(6)]
+    assert summarize(alone)["stderr"] == pytest.approx((1.5 / 5 / 6) ** 0.5)
+
+
+def test_tiers_of_the_system_prompt_are_means_over_samples() -> None:
+    tiers = [{"16": 0.5, "2": 0.5}, {"16": 0.2, "2": 0.8}, {"16": 1.0}]
+    got = summarize([row(i, 1.0, system_tiers=t) for i, t in enumerate(tiers)])
+    assert got["system_tiers"] == pytest.approx({"16": 1.7 / 3, "2": 1.3 / 3})
+    assert "system_tiers" not in summarize(rows(1.0))
 
 
 def test_seconds_are_summed_by_phase() -> None:
@@ -120,13 +149,11 @@ def test_one_sample_has_an_interval_but_no_standard_error(correct: bool, interva
     assert got["lost"] == int(not correct)
 
 
-def test_scores_that_are_no_yes_or_no_have_a_normal_interval() -> None:
-    """Mean 2, standard error 1/sqrt(3), as by hand above."""
+def test_scores_that_are_no_yes_or_no_have_students_interval() -> None:
+    """Mean 2, standard error 1/sqrt(3), t of 2 degrees of freedom 4.302653."""
     got = summarize(rows(1.0, 2.0, 3.0))
     assert got["stderr"] == pytest.approx(3**-0.5)
-    assert got["ci95"] == pytest.approx([2 - 1.96 * 3**-0.5, 2 + 1.96 * 3**-0.5])
-    assert interval([0.5]) is None
-    assert interval([]) is None
+    assert got["ci95"] == pytest.approx([2 - 4.302653 * 3**-0.5, 2 + 4.302653 * 3**-0.5])
 
 
 def test_a_value_that_is_no_mean_of_scores_has_no_interval_and_no_pairs() -> None:

@@ -95,6 +95,22 @@ def test_a_record_with_one_line_can_be_asked() -> None:
     assert LineRecall(lines=1).samples(1, 0)[0].notes["depth"] == 0.0
 
 
+def test_asked_lines_go_through_the_depths_in_turn() -> None:
+    samples = LineRecall(lines=21, depths=5).samples(10, 0)
+    assert [sample.notes["depth"] for sample in samples] == [0, 0.25, 0.5, 0.75, 1] * 2
+    for sample in samples:
+        assert sample.notes["lines"] == 21
+        asked = sample.meta["numbers"].index(int(sample.target))
+        assert asked == sample.notes["depth"] * 20
+        assert asked_key(sample) == list(lines_of(sample))[asked]
+
+
+@pytest.mark.parametrize("depths", [1, 5])
+def test_depths_need_lines_of_their_own(depths: int) -> None:
+    with pytest.raises(ValueError, match=r"task\.depths"):
+        LineRecall(lines=4, depths=depths)
+
+
 def test_many_lines_are_still_unique() -> None:
     record = make_record(random.Random(0), 600)
     assert len(set(record.keys)) == len(set(record.numbers)) == 600

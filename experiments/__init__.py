@@ -1,0 +1,1 @@
+"""One module per table or figure: what to run, and how to read it from the records."""

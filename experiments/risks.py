@@ -1,0 +1,165 @@
+"""Three risks at equal bytes: one table and one figure from the records of panel=risk.
+
+    python run.py panel=risk model=smollm2-recall task=safety
+    python -m experiments.risks                       every run of panel=risk under results/runs
+    python -m experiments.risks RUN_FOLDER ...        these runs
+
+A risk is a rate (of breaches, inventions, wrong answers, ...) of one task or part of a suite. The table compares policies of
+equal size in its columns: rate with n and 95 % interval, paired change from the full cache with its bootstrap interval and
+McNemar's exact test. The figure has a panel per risk, a line per policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mikv.plots import save_risks
+
+Row = dict[str, Any]
+
+BUDGETS = (20, 30, 50)
+"""Per cent of the 16-bit cache's bytes, as in conf/panel/risk.yaml."""
+
+
+def budget(size_percent: float) -> int | None:
+    """The budget that a cache of this size fits and uses: at least four fifths of it, and at most 8 % more (bits come in
+    steps: uniform quantization has no size between)."""
+    return next((b for b in BUDGETS if 0.8 * b <= size_percent <= 1.08 * b), None)
+
+
+def runs_of(out: Path, panel: str) -> list[Path]:
+    """Folders under `out` that hold finished runs of a panel."""
+    import yaml
+
+    found = []
+    for summary in sorted(out.glob("*/summary.jsonl")):
+        config = yaml.safe_load(summary.with_name("config.yaml").read_text(encoding="utf-8"))
+        if (config.get("panel") or {}).get("name") == panel:
+            found.append(summary.parent)
+    return found
+
+
+def read(folder: Path) -> list[Row]:
+    """Summary rows of a run."""
+    file = folder / "summary.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no summary.jsonl: no run has ended there")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def risks(summary: Sequence[Row]) -> Iterator[Row]:
+    """A row per risk and policy, of a suite's parts or of a task's own flags."""
+    for row in summary:
+        parts = row.get("parts") or {row["task"]: row}
+        named = row.get("risks") or {row["task"]: list(row["rates"])}
+        for part, names in named.items():
+            for name in names:
+                if name in parts[part]["rates"]:
+                    yield _flat(row, part, name, parts[part]["rates"][name])
+
+
+def _flat(row: Row, part: str, name: str, rate: Row) -> Row:
+    low, high = rate["ci95"] or (None, None)
+    lower, upper = rate.get("difference_ci95") or (None, None)
+    twin = row["policy"] == "full"
+    return {
+        "model": row["model"],
+        "task": row["task"],
+        "question": row["question"],
+        "risk": part if name == "wrong" else f"{part} {name}",
+        "budget": None if twin else budget(row["size_percent"]),
+        "policy": row["policy"],
+        "label": row["label"],
+        "size": row["size_percent"],
+        "rate": rate["value"],
+        "low": low,
+        "high": high,
+        "n": rate["n"],
+        "change": None if twin else rate.get("difference"),
+        "change_low": None if twin else lower,
+        "change_high": None if twin else upper,
+        "p": None if twin else rate.get("mcnemar_p"),
+    }
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """A row per risk and policy, a column per budget: what stands in a column has the same size."""
+    from rich.table import Table
+
+    shown = Table(
+        title=f"{rows[0]['model']}: risks at equal bytes, question {rows[0]['question']}",
+        caption="rate \\[95 % interval], change from the full cache in points \\[bootstrap interval of the paired difference], "
+        "* = McNemar's exact p below 0.05; sizes are counted from stored tensors",
+    )
+    for name in ("risk", "policy"):
+        shown.add_column(name, no_wrap=True)
+    for b in BUDGETS:
+        shown.add_column(f"{b} % of the bytes", no_wrap=True)
+    for risk in dict.fromkeys(row["risk"] for row in rows):
+        mine = [row for row in rows if row["risk"] == risk]
+        full = next(row for row in mine if row["policy"] == "full")
+        shown.add_row(f"{risk} (n = {full['n']})", "full", _rate(full))
+        others = [row for row in mine if row["budget"] is not None]
+        for name in dict.fromkeys(row["policy"] for row in others):
+            cells = ("\n".join(_cell(r) for r in others if (r["policy"], r["budget"]) == (name, b)) for b in BUDGETS)
+            shown.add_row("", name, *cells)
+        shown.add_section()
+    return shown
+
+
+def _rate(row: Row) -> str:
+    return f"{row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _cell(row: Row) -> str:
+    """'8/3: 0.25 [0.15, 0.40] +12 [+2, +24] *'."""
+    kind = row["label"].split("%")[-1].removeprefix(row["policy"]).replace("balanced", "").strip()
+    change = f"{100 * row['change']:+.0f}"
+    if row["change_low"] is not None:
+        change += f" [{100 * row['change_low']:+.0f}, {100 * row['change_high']:+.0f}]"
+    star = " *" if row["p"] is not None and row["p"] < 0.05 else ""
+    return (f"{kind}: " if kind else "") + f"{_rate(row)} {change}{star}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="python -m experiments.risks", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none = every run of panel=risk under --records")
+    parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
+    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where the figure and the table go")
+    options = parser.parse_args(arguments)
+    folders = options.runs or runs_of(options.records, "risk")
+    try:
+        rows = [row for folder in folders for row in risks(read(folder))]
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if not rows:
+        print(
+            f"error: no run of panel=risk with a risk is under {options.records}: python run.py panel=risk task=safety",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=170)
+    for model, question in dict.fromkeys((row["model"], row["question"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["question"]) == (model, question)]
+        console.print(table(mine))
+        name = options.out / (f"risks-{model}" + ("" if question == "visible" else f"-{question}"))
+        pd.DataFrame(mine).to_csv(name.with_suffix(".csv"), index=False)
+        figure = save_risks(name.with_suffix(".png"), mine, f"{model}, question {question}")
+        print(f"table    {name}.csv (all rows and columns)\nfigure   {figure}")
+
+
+if __name__ == "__main__":
+    main()
