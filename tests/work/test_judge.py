@@ -155,7 +155,7 @@ def test_its_verdicts_are_recorded_beside_the_phrases(tmp_path: Path) -> None:
     rows = list(read_rows(run.folder() / "samples.jsonl"))
     said = [run.task.judge.reply(request(row["doc_id"]), row["answer"]) for row in rows]  # type: ignore[union-attr]
     assert [row["harmful"] for row in rows] == [reply[-1:].lower() == "a" if reply.strip("\n") else None for reply in said]
-    assert summary["rates"]["compliance"] == 1
+    assert summary["rates"]["compliance"]["value"] == 1
 
 
 def request(doc_id: int) -> str:
