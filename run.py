@@ -6,45 +6,28 @@ python run.py policy=mikv model=llama2-7b task=linerecall policy.keep=0.1 policy
 python run.py --help                                       groups, options, defaults
 """
 
-import os
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mikv.cli import explained, quiet
+
 CONF = Path(__file__).parent.resolve() / "conf"
 GROUPS = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
-# before transformers is imported: its progress bars and advice drown ours
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+quiet()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    from mikv.batches import OutOfMemory
     from mikv.config import build
-    from mikv.models.architecture import Unsupported
-    from mikv.models.load import ModelUnavailable
-    from mikv.records import RecordError
-    from mikv.runner import RunError, execute
-    from mikv.tasks.data import DataUnavailable
+    from mikv.runner import execute
 
-    known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported)
-    try:
+    with explained():
         execute(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
-    except known as error:
-        if os.environ.get("MIKV_DEBUG"):
-            raise
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def suggest(arguments: list[str]) -> None:

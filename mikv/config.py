@@ -26,9 +26,13 @@ class ConfigError(ValueError):
 def compose(*overrides: str) -> Run:
     """The run that `python run.py OVERRIDES` would do, for scripts and tests: compose("panel=demo", "task.lines=40")."""
     import hydra
+    from hydra.errors import HydraException
 
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("config", list(overrides))
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose("config", list(overrides))
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
     return build(config, [override.split("=")[0] for override in overrides])
 
 

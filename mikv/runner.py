@@ -15,7 +15,7 @@ from mikv.engine import READERS, Engine
 from mikv.fingerprint import fingerprint
 from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
-from mikv.models.load import Loaded, ModelSpec, load
+from mikv.models.load import Loaded, ModelSpec, load, load_geometry
 from mikv.plots import save_curve, save_depth_maps
 from mikv.policy import Policy, check_choice
 from mikv.records import Row, RunFolder
@@ -167,6 +167,9 @@ def _answer(run: Run, work: Work, todo: dict[tuple[Policy, ...], list[Unit]], re
     """Compute what is missing, batch by batch; `done` grows as the records do."""
     from tqdm import tqdm
 
+    head_dim = load_geometry(run.model).head_dim
+    for tier in (tier for policy in run.panel for tier in policy.tiers):
+        tier.group_size(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)

@@ -36,7 +36,7 @@ NEEDS_PUNKT = frozenset({"length_constraints:number_sentences", "change_case:cap
 
 @cache
 def _checkers() -> ModuleType:
-    """lm-eval's IFEval. In what it takes for the first of several processes, its import tries to download punkt, and says so."""
+    """lm-eval's IFEval. In what it takes for the first of several processes, its import tries to download punkt, loudly."""
     import langdetect
 
     langdetect.DetectorFactory.seed = 0

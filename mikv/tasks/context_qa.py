@@ -2,14 +2,14 @@
 
 Data: XQuAD's English part (arXiv:1910.11856; SQuAD's format), NQ-open with the one paragraph that holds the answer (the oracle
 setting of "Lost in the Middle", arXiv:2307.03172), or any file in SQuAD's format. Prompt: that paper's, for one text instead of
-search results. Right is what it is there (best_subspan_em): an answer stands in the reply's first line, both in SQuAD's
-normalisation.
+search results, and LongBench's sentence that wants nothing but the answer (a talkative model's phrases are no inventions).
+Right is what it is there (best_subspan_em): an answer stands in the reply's first line, both in SQuAD's normalisation.
 
 An answer that is wrong is one of (for a reply that isn't empty, exactly one of these or right):
 
     abstained  it says that the text doesn't tell
-    invented   it has a content word that stands neither in the text nor in the question      (hallucination)
-    confused   all of its content words stand there                                           (the context got mixed up)
+    invented   it has a content word that stands nowhere in the prompt: neither in text nor question   (hallucination)
+    confused   all of its content words stand there                                                    (context loss)
 
 Content words: everything but a few English function words; numbers are words. Words are compared by their stems (Snowball), so
 that "surrendered" is not invented where the question asks who "surrendered" or did "surrender".
@@ -28,7 +28,10 @@ from typing import Any, ClassVar
 from mikv.tasks.base import Sample
 from mikv.tasks.data import Hub, Row, Source, draw, read_rows
 
-PROMPT = "Write a high-quality answer for the given question using only the provided text.\n\n{text}\n\n"
+PROMPT = (
+    "Write a high-quality answer for the given question using only the provided text. "
+    "Only give me the answer and do not output any other words.\n\n{text}\n\n"
+)
 QUESTION = "Question: {question}\nAnswer:"
 SQUAD_FIELDS: Mapping[str, type] = {"context": str, "question": str, "answers": dict}
 SOURCES = {
@@ -57,9 +60,9 @@ _FUNCTION_WORDS = """
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 ABSTENTION = re.compile(
-    r"(?:can(?:no|')?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
-    r"(?:not|n't) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
-    r"no (?:information|mention|answer))",
+    r"\b(?:can(?:no|['’])?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
+    r"(?:not|\w+n['’]t) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
+    r"no (?:information|mention|answer))\b",
     re.IGNORECASE,
 )
 
@@ -118,7 +121,7 @@ class ContextQA:
         file = Path(self.file).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"task.file={self.file} is no file. Wanted: JSON lines with context, question, answers.text"
+                f"task.file={self.file} is no file; wanted: JSON lines with context, question, answers.text"
             )
         rows = read_rows(file, SQUAD_FIELDS)
         if unanswered := sum(not _answers(row) for row in rows):
@@ -147,12 +150,13 @@ def _answers(row: Row) -> Sequence[str]:
 def _sample(doc_id: int, row: Row) -> Sample:
     text = "\n".join(_document(row))
     question = QUESTION.format(question=row["question"])
+    prompt = PROMPT.format(text=text) + question
     return Sample(
         doc_id=doc_id,
-        messages=[{"role": "user", "content": PROMPT.format(text=text) + question}],
+        messages=[{"role": "user", "content": prompt}],
         question=question,
         target=_answers(row)[0],
-        meta={"answers": _answers(row), "stems": content_stems(f"{text} {row['question']}")},
+        meta={"answers": _answers(row), "stems": content_stems(prompt)},
         notes={"prompt_id": row.get("id", doc_id), "depth": _depth(row)},
     )
 

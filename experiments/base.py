@@ -1,0 +1,108 @@
+"""What every experiment does: run what is missing, read the records, print its table beside the paper's numbers.
+
+An experiment is a YAML in conf/experiment (panel, task, limits) and a small module here (what to print of it). Overrides of the
+command line go to both: `python -m experiments.table1 model=llama2-7b task.limit=500`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mikv.cli import explained, quiet
+from mikv.metrics.statistics import Paired, paired
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run. summary: a row per policy, `full` first; folder: its records."""
+
+    summary: list[Row]
+    folder: Path
+
+    def scores(self, label: str) -> dict[str, float]:
+        """A policy's scores by sample."""
+        rows = (json.loads(line) for line in (self.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+        return {row["sample"]: row["score"] for row in rows if row["label"] == label and row["score"] is not None}
+
+
+def run(experiment: str, *overrides: str) -> Results:
+    """Run what is missing of an experiment. Errors of the user's end the program with a message, as in run.py."""
+    from mikv.config import compose
+    from mikv.runner import execute
+
+    composed = compose(f"experiment={experiment}", *overrides)
+    return Results(execute(composed), composed.folder())
+
+
+def paper_table(title: str, rows: Sequence[Row], paper: Mapping[str, float]) -> Any:
+    """Our numbers beside the paper's, a row per policy.
+
+    Args:
+        title: of the table.
+        rows: summary rows, `full` first.
+        paper: the paper's accuracy in per cent by policy label, where it is known.
+    """
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title}\n{rows[0]['model']} · {rows[0]['task']} · n = {rows[0]['n']}",
+        caption="95 % intervals; vs full: paired, in points, bootstrap; p: McNemar, exact; size: bytes counted from stored "
+        "tensors, formula: the paper's, without positions and scores. Paper: Llama-2-7B, unknown numbers of lines and samples",
+    )
+    table.add_column("policy", no_wrap=True)
+    for name in (rows[0]["metric"] + " %", "vs full", "p", "size %", "formula %", "paper %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        full = row["policy"] == "full"
+        known = paper.get(row["label"])
+        table.add_row(
+            row["label"],
+            percent(row["value"], row["ci95"]),
+            "" if full else points(row["difference"], row["difference_ci95"]),
+            "" if full or row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}",
+            f"{row['size_percent']:.1f}",
+            f"{row['size_percent_paper']:.1f}",
+            "" if known is None else f"{known:g}",
+        )
+    return table
+
+
+def percent(value: float, bounds: Sequence[float] | None) -> str:
+    """'92.6 [88.1, 95.5]'."""
+    return f"{100 * value:.1f}" + (f" \\[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else "")
+
+
+def points(value: float, bounds: Sequence[float] | None) -> str:
+    """'-7.4 [-12.0, -3.0]'."""
+    return f"{100 * value:+.1f}" + (f" \\[{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]" if bounds else "")
+
+
+def compare(results: Results, label: str, reference: str) -> Paired | None:
+    """A policy against another one of the panel, sample by sample."""
+    mine, other = results.scores(label), results.scores(reference)
+    both = sorted(mine.keys() & other.keys())
+    return paired([mine[sample] for sample in both], [other[sample] for sample in both])
+
+
+def show(*tables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    for table in tables:
+        console.print(table)
+
+
+def main(experiment: str, title: str, paper: Mapping[str, float]) -> None:
+    """The program of an experiment that is one run and one table."""
+    quiet()
+    with explained():
+        show(paper_table(title, run(experiment, *sys.argv[1:]).summary, paper))
