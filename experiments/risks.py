@@ -12,7 +12,6 @@ McNemar's exact test. The figure has a panel per risk, a line per policy.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any
 
 import pandas as pd
 
+from mikv.cli import explained
 from mikv.plots import save_risks
+from mikv.results import read_results
 
 Row = dict[str, Any]
 
@@ -44,14 +45,6 @@ def runs_of(out: Path, panel: str) -> list[Path]:
         if (config.get("panel") or {}).get("name") == panel:
             found.append(summary.parent)
     return found
-
-
-def read(folder: Path) -> list[Row]:
-    """Summary rows of a run."""
-    file = folder / "summary.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no summary.jsonl: no run has ended there")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def risks(summary: Sequence[Row]) -> Iterator[Row]:
@@ -137,11 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where the figure and the table go")
     options = parser.parse_args(arguments)
     folders = options.runs or runs_of(options.records, "risk")
-    try:
-        rows = [row for folder in folders for row in risks(read(folder))]
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with explained():
+        rows = [row for folder in folders for row in risks(read_results(folder).summary)]
     if not rows:
         print(
             f"error: no run of panel=risk with a risk is under {options.records}: python run.py panel=risk task=safety",
