@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mikv.cli import explained, quiet
@@ -23,11 +24,14 @@ quiet()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    from mikv.config import build
+    from mikv.config import build, tracker
     from mikv.runner import execute
 
     with explained():
-        execute(build(config, [override.split("=")[0] for override in HydraConfig.get().overrides.task]))
+        context = HydraConfig.get()
+        run, mirror = build(config, [override.split("=")[0] for override in context.overrides.task]), tracker(config)
+        execute(run)
+        mirror.mirror(run.folder(), Path(context.sweep.dir).name.lstrip(".") if context.mode == RunMode.MULTIRUN else None)
 
 
 def suggest(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from mikv.cache.fit import largest_share
 from mikv.models.load import ModelSpec, load_geometry
 from mikv.policy import Policy
 from mikv.runner import Run
+from mikv.tracking import Tracker
 
 CONF = (Path(__file__).parent.parent / "conf").resolve()
 
@@ -55,6 +56,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         task["limits"] = {part: options.pop("limit") for part, options in task["parts"].items()}
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
+    del record["tracker"]  # looks on
     if config.get("panel") is not None:
         del record["policy"]  # the group's default, which a panel doesn't use
     return Run(
@@ -72,6 +74,13 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         title=title,
         config=OmegaConf.to_yaml(OmegaConf.create(record)),
     )
+
+
+def tracker(config: DictConfig) -> Tracker:
+    """Where the run is mirrored to, when it has ended."""
+    made = _instantiate(config.tracker, "tracker")
+    assert isinstance(made, Tracker)
+    return made
 
 
 def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.records": (),
     "mikv.plots": ("mikv.metrics", "mikv.plots"),
     "mikv.results": ("mikv.records",),
+    "mikv.tracking": ("mikv.results", "mikv.records", "mikv.fingerprint"),
     "mikv.report": ("mikv.results", "mikv.records", "mikv.metrics", "mikv.plots", "mikv.report"),
     "mikv.table": (),
     "mikv.runner": (
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
     ),
     "mikv.cli": ("mikv.batches", "mikv.models", "mikv.records", "mikv.results", "mikv.runner", "mikv.tasks"),
-    "mikv.config": ("mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),
+    "mikv.config": ("mikv.tracking", "mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),
     "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "experiments": ("mikv", "experiments"),
     "scripts": ("mikv",),
