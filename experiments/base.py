@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mikv.cli import explained, quiet
@@ -17,14 +18,19 @@ from mikv.results import Results, read_results
 Row = dict[str, Any]
 
 
-def run(experiment: str, *overrides: str) -> Results:
-    """Run what is missing of an experiment. Errors of the user's end the program with a message, as in run.py."""
+def finish(experiment: str, *overrides: str) -> Path:
+    """Run what is missing of an experiment; the folder of its records."""
     from mikv.config import compose
     from mikv.runner import execute
 
     composed = compose(f"experiment={experiment}", *overrides)
     execute(composed)
-    return read_results(composed.folder())
+    return composed.folder()
+
+
+def run(experiment: str, *overrides: str) -> Results:
+    """Run what is missing of an experiment, and read what there is then."""
+    return read_results(finish(experiment, *overrides))
 
 
 def paper_table(title: str, rows: Sequence[Row], paper: Mapping[str, float]) -> Any:

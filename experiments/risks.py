@@ -3,6 +3,7 @@
     python run.py panel=risk model=smollm2-recall task=safety
     python -m experiments.risks                       every run of panel=risk under results/runs
     python -m experiments.risks RUN_FOLDER ...        these runs
+    python -m experiments.risks --run model=smollm2-135m task.data_dir=FOLDER     run what is missing of all three suites first
 
 A risk is a rate (of breaches, inventions, wrong answers, ...) of one task or part of a suite. The table compares policies of
 equal size in its columns: rate with n and 95 % interval, paired change from the full cache with its bootstrap interval and
@@ -19,11 +20,14 @@ from typing import Any
 
 import pandas as pd
 
-from mikv.cli import explained
+from experiments.base import finish
+from mikv.cli import explained, quiet
 from mikv.plots import save_risks
 from mikv.results import read_results
 
 Row = dict[str, Any]
+
+SUITES = ("safety", "hallucination", "contextloss")
 
 BUDGETS = (20, 30, 50)
 """Per cent of the 16-bit cache's bytes, as in conf/panel/risk.yaml."""
@@ -128,8 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none = every run of panel=risk under --records")
     parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where the figure and the table go")
+    parser.add_argument("--run", nargs="+", metavar="OVERRIDE", help="run the three suites with these overrides, and show them")
     options = parser.parse_args(arguments)
-    folders = options.runs or runs_of(options.records, "risk")
+    if options.run:
+        quiet()
+        with explained():
+            folders = [finish("risks", f"task={suite}", *options.run) for suite in SUITES]
+    else:
+        folders = options.runs or runs_of(options.records, "risk")
     with explained():
         rows = [row for folder in folders for row in risks(read_results(folder).summary)]
     if not rows:

@@ -156,6 +156,19 @@ def test_risks_become_a_table_and_a_figure(model: list[str], tmp_path: Path, cap
     assert len(csv.read_text().splitlines()) == 1 + 4 * 15  # four risks of fifteen policies
 
 
+def test_risks_run_what_is_missing_of_the_suites(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("experiments.risks"), "SUITES", ("guardedrecall", "linerecall"))
+    module = sys.modules["experiments.risks"]
+    arguments = ["--out", str(tmp_path), "--run", *model, f"out={tmp_path / 'runs'}", *LINES]
+    module.main(arguments)
+    assert len(list((tmp_path / "runs").glob("*-risk-*/summary.jsonl"))) == 2
+    printed = capsys.readouterr().out
+    assert "guardedrecall breach (n = 2)" in printed
+    assert "linerecall invented (n = 3)" in printed
+
+
 def test_without_runs_the_way_to_get_some_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         program("risks", "--records", str(tmp_path))
