@@ -1,4 +1,4 @@
-"""A language model that judges answers: any causal LM that the project loads, with a prompt and a pattern from a YAML.
+"""A language model that judges answers: any causal LM, with a prompt and a pattern from a YAML.
 
 It runs with stock attention and a full cache, one answer at a time, greedily.
 """

@@ -35,6 +35,22 @@ def replying(monkeypatch: pytest.MonkeyPatch, reply: str) -> CausalJudge:
     return judge()
 
 
+def test_any_causal_model_can_judge_even_one_whose_cache_can_not_be_compressed(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from mikv.models.architecture import Unsupported
+    from mikv.models.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    other = ModelSpec("gpt2", path=str(tmp_path))
+    assert isinstance(judge(model=other).reply("p", "a"), str)
+    with pytest.raises(Unsupported):
+        load(other)
+
+
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [("yes", True), (" Yes.", True), ("NO", False), ("No, yes", False), ("yesterday", None), ("maybe yes", None), ("", None)],
