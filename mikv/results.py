@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mikv.records import read_rows
+
+if TYPE_CHECKING:  # the report and the tracker do without it
+    import pandas as pd
 
 Row = dict[str, Any]
 
@@ -97,3 +100,17 @@ def measures(row: Mapping[str, Any]) -> dict[str, Row]:
             found[f"{part} {flag}".strip()] = {**rate, "lower_is_better": True}
     kept = ("value", "n", "ci95", "lower_is_better", "difference", "difference_ci95", "mcnemar_p", "lost", "gained")
     return {name: {key: of[key] for key in kept if key in of} for name, of in found.items()}
+
+
+def frame(folders: Iterable[Path]) -> pd.DataFrame:
+    """Everything that these runs measured, a row per run, policy and measure: run, model, task, policy, label, size_percent,
+    measure, first (whether it is the task's metric), and the fields of `measures`."""
+    import pandas as pd
+
+    rows = []
+    for results in map(read_results, folders):
+        for point in results.summary:
+            head = {name: point[name] for name in ("model", "task", "policy", "label", "size_percent")}
+            for i, (name, of) in enumerate(measures(point).items()):
+                rows.append({"run": results.name, **head, "measure": name, "first": i == 0, **of})
+    return pd.DataFrame(rows)

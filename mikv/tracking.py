@@ -83,8 +83,8 @@ class Tracker:
         except Exception as error:  # whatever it is, the run is done and its records are whole
             place, problem = "", f"{type(error).__name__}: {without_secrets(str(error))}"
         if problem:
-            print(f"note: W&B did not take the run ({problem}); its records are as they were.")
-            print(f"      again: python -m mikv.tracking {folder}")
+            print(f"note: W&B did not take the run ({problem}). Its records are as they were.")
+            print(f"      Once more: python -m mikv.tracking {folder}")
             return False
         print(f"W&B      {place}")
         return True

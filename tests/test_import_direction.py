@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mikv.cache",
         "mikv.models",
     ),
+    "mikv.inside": ("mikv.batches", "mikv.engine", "mikv.cache", "mikv.models", "mikv.policy"),
     "mikv.batches": ("mikv.engine", "mikv.decoding", "mikv.policy"),
     "mikv.tasks": ("mikv.tasks",),
     "mikv.work": (

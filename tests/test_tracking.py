@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ def test_an_offline_run_holds_what_the_records_hold(tmp_path: Path, capsys: pyte
     assert config["about"]["identity"]["model"]["name"] == "tiny"
 
     summary = read_summary(folder)
+    lines = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    sizes = [line["size_percent"] for line in lines if "size_percent" in line]
+    assert sizes == sorted(row["size_percent"] for row in summary)  # the axis of W&B's own charts
     curve: dict[str, list[tuple[float, float]]] = {}
-    for line in [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]:
+    for line in lines:
         for name in [name for name in line if name.startswith("accuracy/")]:
             curve.setdefault(name, []).append((line["size_percent"], line[name]))
     assert curve == {f"accuracy/{row['policy']}": [(row["size_percent"], row["value"])] for row in summary}
@@ -199,7 +203,9 @@ def test_a_tracker_that_fails_or_hangs_is_a_note(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     folder = write_run(tmp_path / "digits")
     before = (folder / "summary.jsonl").read_bytes()
+    started = time.monotonic()
     assert not Tracker("offline", timeout_s=5).mirror(folder)
+    assert time.monotonic() - started < 30
     assert "note: W&B did not take the run" in capsys.readouterr().out
     assert (folder / "summary.jsonl").read_bytes() == before
 

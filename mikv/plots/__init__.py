@@ -2,5 +2,16 @@
 
 from mikv.plots.curve import curve, save_curve, save_depth_maps, save_risks
 from mikv.plots.grid import curve_grid
+from mikv.plots.inside import channel_errors, importance_map, outlier_channels, tier_map
 
-__all__ = ["curve", "curve_grid", "save_curve", "save_depth_maps", "save_risks"]
+__all__ = [
+    "channel_errors",
+    "curve",
+    "curve_grid",
+    "importance_map",
+    "outlier_channels",
+    "save_curve",
+    "save_depth_maps",
+    "save_risks",
+    "tier_map",
+]

@@ -21,10 +21,15 @@ def curve_grid(rows: Sequence[Row], title: str) -> Any:
     that point as a band. The dashed line is the Pareto front of all.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     models, tasks = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "task"))
     figure, axes = plt.subplots(
-        len(models), len(tasks), figsize=(1.0 + 4.6 * len(tasks), 1.3 + 3.4 * len(models)), squeeze=False, layout="constrained"
+        len(models),
+        len(tasks),
+        figsize=(1.0 + 4.6 * len(tasks), 1.3 + 3.4 * len(models)),
+        squeeze=False,
+        layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06),
     )
     for line, model in enumerate(models):
         for column, task in enumerate(tasks):

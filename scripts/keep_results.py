@@ -1,0 +1,55 @@
+"""Keep what notebooks and the report need of runs in a small folder that can be committed.
+
+    python scripts/keep_results.py results/runs/NAME ...          into results/reference/NAME
+
+Kept: the summary, the samples that flipped (with the full cache's answers beside them), and what was run, without the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mikv.records import RecordError, RunFolder, write_atomically
+from mikv.results import Results, ResultsError, flips, read_results
+
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+
+
+def keep(results: Results, folder: Path) -> None:
+    """Write the small folder; what was there before is replaced."""
+    environment = {name: of for name, of in results.about["environment"].items() if name not in ("system", "processors")}
+    rows = {row["key"]: row for pair in flips(results) for row in pair}
+    for name in ("run.json", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    with RunFolder(folder, results.about["identity"], "") as kept:
+        kept.append(list(rows.values()))
+        kept.write_summary(results.summary)
+    about = {"identity": results.about["identity"], "environment": environment}
+    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
+    for name in ("config.yaml", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run that has ended")
+    parser.add_argument("--into", type=Path, default=REFERENCE, help="folder of the kept results (default: results/reference)")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.run:
+            results = read_results(run)
+            keep(results, options.into / results.name)
+            size = sum(file.stat().st_size for file in (options.into / results.name).iterdir())
+            print(f"{options.into / results.name}: {len(results.summary)} policies, {size / 1000:.0f} kB")
+    except (ResultsError, RecordError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""The notebooks run as they are on what is committed, and show something; results are kept small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+from written_run import read_summary, write_run
+
+from mikv.results import flips, frame, read_results
+
+RESULTS = ROOT / "results"
+
+
+def executed(name: str) -> list[Any]:
+    """Outputs of a notebook, run where it lies."""
+    notebook = nbformat.read(RESULTS / name, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(RESULTS)}}).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def images(outputs: list[Any]) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def text(outputs: list[Any]) -> str:
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def test_curves_run_on_the_committed_results() -> None:
+    outputs = executed("curves.ipynb")
+    assert images(outputs) == 2
+    assert "smollm2-recall" in text(outputs)
+
+
+def test_curves_run_on_any_other_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "digits")
+    monkeypatch.setenv("MIKV_RESULTS", str(tmp_path))
+    outputs = executed("curves.ipynb")
+    assert images(outputs) == 2
+    assert "h2o 20%" in text(outputs)
+
+
+def test_inside_runs_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIKV_MODEL", "tiny-random")
+    monkeypatch.setenv("MIKV_LINES", "2")
+    outputs = executed("inside.ipynb")
+    assert images(outputs) == 5
+    assert "tiny-random: " in text(outputs)
+
+
+@pytest.mark.parametrize("name", ["curves.ipynb", "inside.ipynb"])
+def test_committed_notebooks_show_their_figures_and_no_machine(name: str) -> None:
+    raw = (RESULTS / name).read_text(encoding="utf-8")
+    outputs = [output for cell in nbformat.reads(raw, as_version=4).cells for output in cell.get("outputs", [])]
+    assert images(outputs) > 0
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    for private in (str(ROOT), str(Path.home()), "/tmp/"):
+        assert private not in raw
+    assert len(raw) < 1_000_000
+
+
+def test_committed_results_are_small_and_readable() -> None:
+    folders = sorted(file.parent for file in (RESULTS / "reference").glob("*/summary.jsonl"))
+    assert folders
+    for folder in folders:
+        results = read_results(folder)
+        assert results.summary[0]["policy"] == "full"
+        pairs = list(flips(results))
+        labels = [point["label"] for point in results.summary[1:]]
+        lost = {
+            label: sum(mine["label"] == label and mine["score"] < twin["score"] for twin, mine in pairs) for label in labels
+        }
+        assert lost == {point["label"]: point["lost"] for point in results.summary[1:]}
+    assert sum(file.stat().st_size for file in (RESULTS / "reference").rglob("*")) < 2_000_000
+
+
+def test_a_frame_has_a_row_per_policy_and_measure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "digits")
+    points = frame([folder])
+    assert len(points) == 3 * 5
+    first = points[points["first"]]
+    assert first["value"].tolist() == [row["value"] for row in read_summary(folder)]
+    assert set(points["run"]) == {"digits"}
+
+
+def test_kept_results_are_the_summary_the_flips_and_no_machine(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs" / "digits")
+    command = [sys.executable, str(ROOT / "scripts" / "keep_results.py"), str(folder), "--into", str(tmp_path / "kept")]
+    for _ in range(2):  # again in place of what is there
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    kept = tmp_path / "kept" / "digits"
+    assert sorted(file.name for file in kept.iterdir()) == ["run.json", "samples.jsonl", "summary.jsonl"]
+    assert (kept / "summary.jsonl").read_bytes() == (folder / "summary.jsonl").read_bytes()
+    assert list(flips(read_results(kept))) == list(flips(read_results(folder)))
+    assert len(read_results(kept).samples) == 7 + 7 + 1  # h2o's seven flips with their twins, and mikv's
+    assert not {"system", "processors"} & json.loads((kept / "run.json").read_text())["environment"].keys()
