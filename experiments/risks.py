@@ -22,7 +22,7 @@ import pandas as pd
 
 from experiments.base import finish
 from mikv.cli import explained, quiet
-from mikv.plots import save_risks
+from mikv.plots import risk_grid
 from mikv.results import read_results
 
 Row = dict[str, Any]
@@ -126,8 +126,10 @@ def _cell(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    import matplotlib
     from rich.console import Console
 
+    matplotlib.use("Agg")
     parser = argparse.ArgumentParser(prog="python -m experiments.risks", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none = every run of panel=risk under --records")
     parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
@@ -157,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(table(mine))
         name = options.out / (f"risks-{model}" + ("" if question == "visible" else f"-{question}"))
         pd.DataFrame(mine).to_csv(name.with_suffix(".csv"), index=False)
-        figure = save_risks(name.with_suffix(".png"), mine, f"{model}, question {question}")
-        print(f"table    {name}.csv (all rows and columns)\nfigure   {figure}")
+        risk_grid(mine, f"{model}, question {question}").savefig(name.with_suffix(".png"), dpi=150)
+        print(f"table    {name}.csv (all rows and columns)\nfigure   {name}.png")
 
 
 if __name__ == "__main__":

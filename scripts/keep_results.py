@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
+
 from mikv.records import RecordError, RunFolder, write_atomically
 from mikv.results import Results, ResultsError, flips, read_results
 

@@ -57,7 +57,13 @@ def test_inside_runs_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tiny-random: " in text(outputs)
 
 
-@pytest.mark.parametrize("name", ["curves.ipynb", "inside.ipynb"])
+def test_risks_run_on_the_committed_results() -> None:
+    outputs = executed("risks.ipynb")
+    assert images(outputs) >= 1
+    assert "breach" in text(outputs)
+
+
+@pytest.mark.parametrize("name", ["curves.ipynb", "inside.ipynb", "risks.ipynb"])
 def test_committed_notebooks_show_their_figures_and_no_machine(name: str) -> None:
     raw = (RESULTS / name).read_text(encoding="utf-8")
     outputs = [output for cell in nbformat.reads(raw, as_version=4).cells for output in cell.get("outputs", [])]
