@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.base import Results, compare, run, show
+from experiments.base import compare, run, show
 from mikv.cli import explained, quiet
 from mikv.metrics.statistics import Paired
+from mikv.results import Results
 
 BASE = "mikv 20% 16/2"
 CHOICES = {

@@ -6,39 +6,31 @@ command line go to both: `python -m experiments.table1 model=llama2-7b task.limi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mikv.cli import explained, quiet
 from mikv.metrics.statistics import Paired, paired
+from mikv.results import Results, read_results
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Results:
-    """A finished run. summary: a row per policy, `full` first; folder: its records."""
-
-    summary: list[Row]
-    folder: Path
-
-    def scores(self, label: str) -> dict[str, float]:
-        """A policy's scores by sample."""
-        rows = (json.loads(line) for line in (self.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-        return {row["sample"]: row["score"] for row in rows if row["label"] == label and row["score"] is not None}
-
-
-def run(experiment: str, *overrides: str) -> Results:
-    """Run what is missing of an experiment. Errors of the user's end the program with a message, as in run.py."""
+def finish(experiment: str, *overrides: str) -> Path:
+    """Run what is missing of an experiment; the folder of its records."""
     from mikv.config import compose
     from mikv.runner import execute
 
     composed = compose(f"experiment={experiment}", *overrides)
-    return Results(execute(composed), composed.folder())
+    execute(composed)
+    return composed.folder()
+
+
+def run(experiment: str, *overrides: str) -> Results:
+    """Run what is missing of an experiment, and read what there is then."""
+    return read_results(finish(experiment, *overrides))
 
 
 def paper_table(title: str, rows: Sequence[Row], paper: Mapping[str, float]) -> Any:
@@ -86,7 +78,10 @@ def points(value: float, bounds: Sequence[float] | None) -> str:
 
 def compare(results: Results, label: str, reference: str) -> Paired | None:
     """A policy against another one of the panel, sample by sample."""
-    mine, other = results.scores(label), results.scores(reference)
+    mine, other = (
+        {row["sample"]: row["score"] for row in results.samples if row["label"] == name and row["score"] is not None}
+        for name in (label, reference)
+    )
     both = sorted(mine.keys() & other.keys())
     return paired([mine[sample] for sample in both], [other[sample] for sample in both])
 

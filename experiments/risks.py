@@ -3,6 +3,7 @@
     python run.py panel=risk model=smollm2-recall task=safety
     python -m experiments.risks                       every run of panel=risk under results/runs
     python -m experiments.risks RUN_FOLDER ...        these runs
+    python -m experiments.risks --run model=smollm2-135m task.data_dir=FOLDER     run what is missing of all three suites first
 
 A risk is a rate (of breaches, inventions, wrong answers, ...) of one task or part of a suite. The table compares policies of
 equal size in its columns: rate with n and 95 % interval, paired change from the full cache with its bootstrap interval and
@@ -12,7 +13,6 @@ McNemar's exact test. The figure has a panel per risk, a line per policy.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +20,14 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.base import finish
+from mikv.cli import explained, quiet
 from mikv.plots import save_risks
+from mikv.results import read_results
 
 Row = dict[str, Any]
+
+SUITES = ("safety", "hallucination", "contextloss")
 
 BUDGETS = (20, 30, 50)
 """Per cent of the 16-bit cache's bytes, as in conf/panel/risk.yaml."""
@@ -44,14 +49,6 @@ def runs_of(out: Path, panel: str) -> list[Path]:
         if (config.get("panel") or {}).get("name") == panel:
             found.append(summary.parent)
     return found
-
-
-def read(folder: Path) -> list[Row]:
-    """Summary rows of a run."""
-    file = folder / "summary.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no summary.jsonl: no run has ended there")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def risks(summary: Sequence[Row]) -> Iterator[Row]:
@@ -120,7 +117,7 @@ def _rate(row: Row) -> str:
 
 def _cell(row: Row) -> str:
     """'8/3: 0.25 [0.15, 0.40] +12 [+2, +24] *'."""
-    kind = row["label"].split("%")[-1].removeprefix(row["policy"]).replace("balanced", "").strip()
+    kind = row["label"].split("%")[-1].removeprefix(row["policy"]).split("low_group")[0].replace("balanced", "").strip()
     change = f"{100 * row['change']:+.0f}"
     if row["change_low"] is not None:
         change += f" [{100 * row['change_low']:+.0f}, {100 * row['change_high']:+.0f}]"
@@ -135,13 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none = every run of panel=risk under --records")
     parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where the figure and the table go")
+    parser.add_argument("--run", nargs="+", metavar="OVERRIDE", help="run the three suites with these overrides, and show them")
     options = parser.parse_args(arguments)
-    folders = options.runs or runs_of(options.records, "risk")
-    try:
-        rows = [row for folder in folders for row in risks(read(folder))]
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    if options.run:
+        quiet()
+        with explained():
+            folders = [finish("risks", f"task={suite}", *options.run) for suite in SUITES]
+    else:
+        folders = options.runs or runs_of(options.records, "risk")
+    with explained():
+        rows = [row for folder in folders for row in risks(read_results(folder).summary)]
     if not rows:
         print(
             f"error: no run of panel=risk with a risk is under {options.records}: python run.py panel=risk task=safety",
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=170)
+        console = Console(width=190)
     for model, question in dict.fromkeys((row["model"], row["question"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["question"]) == (model, question)]
         console.print(table(mine))

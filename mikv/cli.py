@@ -23,10 +23,12 @@ def explained() -> Iterator[None]:
     from mikv.models.architecture import Unsupported
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
+    from mikv.results import ResultsError
     from mikv.runner import RunError
     from mikv.tasks.data import DataUnavailable
 
-    known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, RunError, Unsupported)
+    known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, ResultsError, RunError,
+             Unsupported)  # fmt: skip
     try:
         yield
     except known as error:

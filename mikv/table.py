@@ -17,7 +17,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
     console = Console()
     if not console.is_terminal:  # a log file has no width: rather a long line than cut names
-        console = Console(width=130)
+        console = Console(width=160)
     console.print(_main_table(rows))
     first = rows[0]
     if "system_tiers" in first:

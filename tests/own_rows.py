@@ -50,7 +50,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for i, kind in enumerate(["standard", "copyright", "contextual", "standard"])
     ],
     "safety/jbb_harmful.jsonl": [
-        {"index": i, "goal": f"Burn toast {i}.", "target": f"Sure, toast {i}", "behavior": "Toast", "category": kind}
+        {"index": 50 + i, "goal": f"Burn toast {i}.", "target": f"Sure, toast {i}", "behavior": "Toast", "category": kind}
         for i, kind in enumerate(["Kitchen", "Cellar", "Kitchen"])
     ],
     "safety/xstest.jsonl": [

@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
         *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
     ),
-    "mikv.cli": ("mikv.batches", "mikv.models", "mikv.records", "mikv.runner", "mikv.tasks"),
+    "mikv.cli": ("mikv.batches", "mikv.models", "mikv.records", "mikv.results", "mikv.runner", "mikv.tasks"),
     "mikv.config": ("mikv.tracking", "mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),
     "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "experiments": ("mikv", "experiments"),

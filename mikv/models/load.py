@@ -203,11 +203,12 @@ def load(spec: ModelSpec, attention: str = NAME) -> Loaded:
 
     Args:
         spec: which.
-        attention: the project's attention, or one of transformers' own (sdpa, eager) for comparisons.
+        attention: the project's attention, or one of transformers' own (sdpa, eager) for comparisons and judges; with these,
+            any architecture will do.
 
     Raises:
         ModelUnavailable: weights can't be had; says how to get them.
-        Unsupported: an architecture that the cache can't serve; raised before weights are read.
+        Unsupported: an architecture that the cache can't serve, with the project's attention; raised before weights are read.
     """
     if spec.name == TINY:
         install()
@@ -263,7 +264,8 @@ def _pretrained(spec: ModelSpec, attention: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # a line per weight shard would tear the run's own progress bar
     with _explained(spec):
         place, options = _origin(spec)
-        geometry(_config(spec))  # refuse before gigabytes are read
+        if attention == NAME:
+            geometry(_config(spec))  # refuse before gigabytes are read
         tokenizer = load_tokenizer(spec)
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=spec.resolve_dtype(), attn_implementation=attention, **options

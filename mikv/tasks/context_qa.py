@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mikv.tasks.base import Sample
-from mikv.tasks.data import Hub, Row, Source, draw, read_rows
+from mikv.tasks.data import Hub, Row, Source, cluster, draw, read_rows
 
 PROMPT = (
     "Write a high-quality answer for the given question using only the provided text. "
@@ -157,7 +157,7 @@ def _sample(doc_id: int, row: Row) -> Sample:
         question=question,
         target=_answers(row)[0],
         meta={"answers": _answers(row), "stems": content_stems(prompt)},
-        notes={"prompt_id": row.get("id", doc_id), "depth": _depth(row)},
+        notes={"prompt_id": row.get("id", doc_id), "depth": _depth(row), "cluster": cluster(row["context"])},
     )
 
 

@@ -38,8 +38,8 @@ class GenerationWork:
         if prompt.tokens + new > loaded.max_tokens:
             raise ValueError(
                 f"a prompt has {prompt.tokens} tokens, plus {new} for the answer, and the model's limit is "
-                f"{loaded.max_tokens}. Choose shorter prompts (task.lines=...) or a model with a longer context; cutting "
-                "a prompt would remove what is asked for."
+                f"{loaded.max_tokens}. Choose shorter prompts (fewer task.lines, task.keys) or a model with a longer "
+                "context; cutting a prompt would remove what is asked for."
             )
         return Encoded([Generating(prompt, Decoding(new))])
 

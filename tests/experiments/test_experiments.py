@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from experiments.base import Results, compare, percent, points
+from experiments.base import compare, percent, points
 from experiments.risks import BUDGETS, budget, risks
 from mikv.config import CONF, compose
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
+from mikv.results import Results
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 SHORT = ["task.limit=3", "batch_size=4"]
@@ -67,6 +68,18 @@ def test_the_program_prints_the_table_of_its_records(
     assert "all 3 samples are done already" in capsys.readouterr().out
 
 
+def test_pareto_runs_its_tasks_and_draws_both_figures(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = "tasks=linerecall task.lines=4 task.max_new_tokens=4,fidelity task.context=20 task.tail=4"
+    program("pareto", tasks, *model, f"out={tmp_path / 'runs'}", "task.limit=2", f"figures={tmp_path / 'figures'}")
+    assert len(list((tmp_path / "runs").glob("*/summary.jsonl"))) == 2
+    for png in (tmp_path / "figures").glob("*.png"):
+        assert png.stat().st_size > 10_000
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 2
+    assert "on the front" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["table1", "table2", "table3"])
 def test_the_papers_numbers_stand_beside_policies_of_the_panel(name: str) -> None:
     paper = importlib.import_module(f"experiments.{name}").PAPER
@@ -81,11 +94,10 @@ def test_wrong_overrides_end_with_a_message(capsys: pytest.CaptureFixture[str]) 
     assert "task.linse" in capsys.readouterr().err
 
 
-def test_two_policies_are_compared_on_the_samples_that_both_have(tmp_path: Path) -> None:
+def test_two_policies_are_compared_on_the_samples_that_both_have() -> None:
     rows = [("a", "1", 1.0), ("a", "2", 0.0), ("a", "3", 1.0), ("b", "2", 1.0), ("b", "1", 1.0), ("b", "4", 0.0)]
-    lines = [json.dumps({"label": label, "sample": sample, "score": score}) for label, sample, score in rows]
-    (tmp_path / "samples.jsonl").write_text("\n".join([*lines, json.dumps({"label": "a", "sample": "4", "score": None})]))
-    got = compare(Results([], tmp_path), "a", "b")
+    samples = [{"label": label, "sample": sample, "score": score} for label, sample, score in [*rows, ("a", "4", None)]]
+    got = compare(Results("run", [], samples, {}, ""), "a", "b")
     assert got is not None
     assert (got.n, got.difference, got.lower, got.higher) == (2, -0.5, 1, 0)
 
@@ -142,6 +154,19 @@ def test_risks_become_a_table_and_a_figure(model: list[str], tmp_path: Path, cap
     assert png.stat().st_size > 10_000
     (csv,) = (tmp_path / "figures").glob("*.csv")
     assert len(csv.read_text().splitlines()) == 1 + 4 * 15  # four risks of fifteen policies
+
+
+def test_risks_run_what_is_missing_of_the_suites(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("experiments.risks"), "SUITES", ("guardedrecall", "linerecall"))
+    module = sys.modules["experiments.risks"]
+    arguments = ["--out", str(tmp_path), "--run", *model, f"out={tmp_path / 'runs'}", *LINES]
+    module.main(arguments)
+    assert len(list((tmp_path / "runs").glob("*-risk-*/summary.jsonl"))) == 2
+    printed = capsys.readouterr().out
+    assert "guardedrecall breach (n = 2)" in printed
+    assert "linerecall invented (n = 3)" in printed
 
 
 def test_without_runs_the_way_to_get_some_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,4 +115,4 @@ def test_a_language_is_detected_the_same_each_time(tmp_path: Path) -> None:
     data = own_rows.write(tmp_path, {"system_prompt/sys_ifeval.jsonl": [row]})
     task = SysIFEval(data_dir=data)
     (sample,) = task.samples(None, 0)
-    assert len({task.score(sample, "in arm er die")["correct"] for _ in range(30)}) == 1
+    assert len({task.score(sample, "de man is in das haus")["correct"] for _ in range(30)}) == 1

@@ -99,11 +99,19 @@ def test_content_words_are_stems_without_function_words() -> None:
 def test_a_file_in_squads_format_does_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.jsonl"
     row = {"context": "Cats purr.", "question": "Who purrs?", "answers": {"text": ["Cats"]}}
-    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "answers": {"text": []}}) + "\n")
+    file.write_text(json.dumps({**row, "answers": {"text": []}}) + "\n" + json.dumps(row) + "\n")
     (only,) = ContextQA(file=str(file)).samples(None, 0)
     assert "1 of 2 questions have no answer and are left out" in capsys.readouterr().out
     assert only.messages[0]["content"].endswith("words.\n\nCats purr.\n\nQuestion: Who purrs?\nAnswer:")
-    assert only.notes == {"prompt_id": 0, "depth": 0.0}
+    assert (only.doc_id, only.notes["prompt_id"], only.notes["depth"]) == (1, 1, 0.0)
+
+
+def test_questions_about_one_text_are_a_cluster(tmp_path: Path) -> None:
+    first, second = own_rows.ROWS["xquad_en/xquad_en.jsonl"][:2]
+    data = own_rows.write(tmp_path, {"xquad_en/xquad_en.jsonl": [first, {**first, "question": "By whom?"}, second]})
+    clusters = {sample.doc_id: sample.notes["cluster"] for sample in ContextQA(data_dir=data).samples(None, 0)}
+    assert clusters[0] == clusters[1] != clusters[2]
+    assert "harbour" not in str(clusters)
 
 
 def test_what_can_not_be_is_refused(tmp_path: Path) -> None:

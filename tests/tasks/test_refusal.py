@@ -55,7 +55,7 @@ def test_identifiers_and_categories_are_the_published_ones(tmp_path: Path) -> No
     harm = {s.doc_id: s.notes for s in requests(tmp_path, "harmbench").samples(None, 0)}
     assert harm[2] == {"prompt_id": "bread_2", "category": "contextual"}
     jail = {s.doc_id: s.notes for s in requests(tmp_path, "jailbreakbench").samples(None, 0)}
-    assert jail[1] == {"prompt_id": 1, "category": "Cellar"}
+    assert jail[1] == {"prompt_id": 51, "category": "Cellar"}
 
 
 def test_harmbench_puts_the_context_first_and_leaves_copyright_out(tmp_path: Path) -> None:

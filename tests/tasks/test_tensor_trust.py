@@ -25,8 +25,18 @@ def test_samples_are_the_rows_whose_defence_is_all_in_the_system_prompt(kind: st
     for doc_id, sample in samples.items():
         assert sample.messages == rows[doc_id]["messages"]
         assert sample.question == rows[doc_id]["messages"][1]["content"]
-        assert sample.notes == {"prompt_id": 100 + doc_id, "category": kind}
+        assert (sample.notes["prompt_id"], sample.notes["category"]) == (100 + doc_id, kind)
+    assert len({sample.notes["cluster"] for sample in samples.values()}) == 4  # as many as there are defences
     assert len(task(tmp_path, kind, post_prompts=True).samples(None, 0)) == 6
+
+
+def test_attacks_on_one_defence_are_a_cluster(tmp_path: Path) -> None:
+    name = "system_prompt/tensor_trust_extraction.jsonl"
+    _, one, other, *_ = own_rows.ROWS[name]
+    attacks = [one, {**one, "messages": [one["messages"][0], {"role": "user", "content": "again"}]}, other]
+    samples = TensorTrust("extraction", data_dir=own_rows.write(tmp_path, {name: attacks})).samples(None, 0)
+    clusters = {sample.doc_id: sample.notes["cluster"] for sample in samples}
+    assert clusters[0] == clusters[1] != clusters[2]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,22 @@ def replying(monkeypatch: pytest.MonkeyPatch, reply: str) -> CausalJudge:
     return judge()
 
 
+def test_any_causal_model_can_judge_even_one_whose_cache_can_not_be_compressed(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from mikv.models.architecture import Unsupported
+    from mikv.models.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    other = ModelSpec("gpt2", path=str(tmp_path))
+    assert isinstance(judge(model=other).reply("p", "a"), str)
+    with pytest.raises(Unsupported):
+        load(other)
+
+
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [("yes", True), (" Yes.", True), ("NO", False), ("No, yes", False), ("yesterday", None), ("maybe yes", None), ("", None)],
@@ -57,6 +73,21 @@ def test_with_chat_the_models_template_is_written_once() -> None:
     assert tokenizer.decode(tokens) == "<user>p|a<assistant>"
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_special_tokens_come_from_the_template_or_from_the_tokenizer(chat: bool) -> None:
+    class Tokenizer:
+        """One that begins with a token of its own, as Llama's does."""
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+            return f"<s>{messages[0]['content']}"
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[str]]:
+            return {"input_ids": [*(["<s>"] if add_special_tokens else []), text]}
+
+    tokens = judge(chat=chat)._tokens(Tokenizer(), {"{prompt}": "p", "{answer}": "a"})
+    assert tokens == (["<s>p|a"] if chat else ["<s>", "p|a"])
+
+
 def test_a_reply_is_the_models_greedy_continuation() -> None:
     loaded = load(TINY, attention="sdpa")
     ids = loaded.tokenizer("p|a", return_tensors="pt")["input_ids"]
@@ -65,6 +96,20 @@ def test_a_reply_is_the_models_greedy_continuation() -> None:
     asked = judge()
     assert asked.reply("p", "a") == loaded.tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
     assert asked.reply("p", "a") == asked.reply("p", "a")
+
+
+def test_one_model_is_loaded_once_however_many_tasks_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loads.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr("mikv.work.judge.load", counted)
+    fresh = ModelSpec("tiny-random", max_tokens=77)
+    for prompt in ("{prompt}{answer}", "{answer}{prompt}"):
+        judge(model=fresh, prompt=prompt).reply("p", "a")
+    assert loads == [(fresh,)]
 
 
 def test_a_question_that_is_too_long_says_what_to_do() -> None:
@@ -126,7 +171,7 @@ def test_its_verdicts_are_recorded_beside_the_phrases(tmp_path: Path) -> None:
     rows = list(read_rows(run.folder() / "samples.jsonl"))
     said = [run.task.judge.reply(request(row["doc_id"]), row["answer"]) for row in rows]  # type: ignore[union-attr]
     assert [row["harmful"] for row in rows] == [reply[-1:].lower() == "a" if reply.strip("\n") else None for reply in said]
-    assert summary["rates"]["compliance"] == 1
+    assert summary["rates"]["compliance"]["value"] == 1
 
 
 def request(doc_id: int) -> str:
