@@ -3,6 +3,7 @@
     python scripts/keep_results.py results/runs/NAME ...          into results/reference/NAME
 
 Kept: the summary, the samples that flipped (with the full cache's answers beside them), and what was run, without the machine.
+With --summaries no sample: what models say to harmful requests, and published data in answers, is not to be handed on.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from mikv.results import Results, ResultsError, flips, read_results
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 
-def keep(results: Results, folder: Path) -> None:
+def keep(results: Results, folder: Path, samples: bool = True) -> None:
     """Write the small folder; what was there before is replaced."""
     environment = {name: of for name, of in results.about["environment"].items() if name not in ("system", "processors")}
     rows = {row["key"]: row for pair in flips(results) for row in pair}
     for name in ("run.json", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
     with RunFolder(folder, results.about["identity"], "") as kept:
-        kept.append(list(rows.values()))
+        if samples:
+            kept.append(list(rows.values()))
         kept.write_summary(results.summary)
     about = {"identity": results.about["identity"], "environment": environment}
     write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
@@ -40,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run that has ended")
     parser.add_argument("--into", type=Path, default=REFERENCE, help="folder of the kept results (default: results/reference)")
+    parser.add_argument("--summaries", action="store_true", help="keep no samples")
     options = parser.parse_args(arguments)
     try:
         for run in options.run:
             results = read_results(run)
-            keep(results, options.into / results.name)
+            keep(results, options.into / results.name, not options.summaries)
             size = sum(file.stat().st_size for file in (options.into / results.name).iterdir())
             print(f"{options.into / results.name}: {len(results.summary)} policies, {size / 1000:.0f} kB")
     except (ResultsError, RecordError) as error:

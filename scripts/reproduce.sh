@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Every table and figure of README and results/reference, on the two models that run on a laptop.
+#
+#   DATA=FOLDER scripts/reproduce.sh          FOLDER: README, "Data without the hub"; without it, what needs data is left out
+#   LIMIT=20 scripts/reproduce.sh             fewer samples
+#
+# Hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+LIMIT=${LIMIT:-100}
+RUNS=(recall-linerecall recall-table1 recall-table2 recall-table3 recall-ablations 135m-fidelity)
+RISKS=(recall-risk)
+
+recall=(model=smollm2-recall task.limit="$LIMIT")
+short=(task.max_new_tokens=24)  # an answer has 7 tokens; a broken cache would go on
+
+"$PYTHON" run.py panel=demo task=linerecall "${recall[@]}" "${short[@]}" name=recall-linerecall
+for table in table1 table2 table3 ablations; do
+  "$PYTHON" -m "experiments.$table" "${recall[@]}" "${short[@]}" name="recall-$table"
+done
+"$PYTHON" run.py panel=risk task=guardedrecall "${recall[@]}" name=recall-risk
+"$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity name=135m-fidelity
+if [ -n "${DATA:-}" ]; then
+  # short answers and no second decode for fidelity: fifteen policies on two cores
+  few=(panel=risk task.data_dir="$DATA" task.limit=20 fidelity=false)
+  parts=(task.parts.{extraction,hijacking,helpful,advbench,harmbench,jailbreakbench,xstest})
+  "$PYTHON" run.py model=smollm2-135m task=safety "${few[@]}" batch_size=10 "${parts[@]/%/.max_new_tokens=48}" \
+    task.parts.sys_ifeval.max_new_tokens=128 task.parts.guardedrecall.max_new_tokens=24 name=135m-safety
+  parts=(task.parts.{linerecall,guardedrecall,xquad,nq_open})
+  "$PYTHON" run.py model=smollm2-135m task=hallucination "${few[@]}" batch_size=10 "${parts[@]/%/.max_new_tokens=32}" \
+    name=135m-hallucination
+  parts=(task.parts.lines_{10,20,40,80})
+  "$PYTHON" run.py model=smollm2-recall task=contextloss "${few[@]}" batch_size=2 "${parts[@]/%/.max_new_tokens=16}" \
+    task.parts.{key_value,niah_multikey}.{limit=4,max_new_tokens=40} name=recall-contextloss
+  RISKS+=(135m-safety 135m-hallucination recall-contextloss)
+fi
+"$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
+"$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
+"$PYTHON" scripts/keep_results.py --summaries "${RISKS[@]/#/results/runs/}"
