@@ -11,6 +11,7 @@ from mikv.batches import Response
 from mikv.fingerprint import fingerprint
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
+from mikv.tasks.data import DataUnavailable
 from mikv.work.base import Encoded, Openable, Row, Summary, Unit, Work, task_identity
 from mikv.work.generation import GenerationWork
 
@@ -57,6 +58,9 @@ class Suite:
                 works[name] = open_task(self._with_data(task), spec, limit if mine is None else mine, seed, question)
             except ValueError as error:
                 raise ValueError(f"{self.name}, part {name}: {error} (without this part: '~task.parts.{name}')") from error
+            except DataUnavailable as error:
+                without = f"  - '~task.parts.{name}'        (the suite without this part)"
+                raise DataUnavailable(f"{self.name}, part {name}: {error}\n{without}") from error
         identities = {name: fingerprint(task_identity(task)) for name, task in self.parts.items()}
         return SuiteWork(works, identities, {name: tuple(self.risks[name]) for name in works})
 

@@ -11,6 +11,7 @@ import pytest
 
 from mikv.config import compose
 from mikv.runner import Run, execute
+from mikv.tasks.data import DataUnavailable
 from mikv.tasks.lines import GuardedRecall, LineRecall
 from mikv.work.suite import Suite
 
@@ -88,6 +89,15 @@ def test_risks_that_no_part_has_are_refused(tmp_path: Path, risks: dict[str, Any
 def test_a_part_that_can_not_be_asked_is_named_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"part guarded: task\.limit=null.*~task\.parts\.guarded"):
         replace(suite(tmp_path), limit=None).open()
+
+
+def test_data_that_are_missing_are_named_with_the_part_and_the_way_out(tmp_path: Path) -> None:
+    run = compose("model=tiny-random", "task=safety", f"task.data_dir={tmp_path}")
+    wanted = r"safety, part extraction.*tensor_trust_extraction(?s:.*)'~task\.parts\.extraction'"
+    with pytest.raises(DataUnavailable, match=wanted):
+        DataUnavailable, match=r"safety, part extraction.*tensor_trust_extraction(?s:.*)'~task\.parts\.extraction'"
+    ):
+        run.open()
 
 
 def test_a_suite_without_parts_is_none() -> None:
