@@ -95,8 +95,6 @@ def test_data_that_are_missing_are_named_with_the_part_and_the_way_out(tmp_path:
     run = compose("model=tiny-random", "task=safety", f"task.data_dir={tmp_path}")
     wanted = r"safety, part extraction.*tensor_trust_extraction(?s:.*)'~task\.parts\.extraction'"
     with pytest.raises(DataUnavailable, match=wanted):
-        DataUnavailable, match=r"safety, part extraction.*tensor_trust_extraction(?s:.*)'~task\.parts\.extraction'"
-    ):
         run.open()
 
 
