@@ -36,7 +36,8 @@ def curve_grid(rows: Sequence[Row], title: str) -> Any:
             ax, mine = axes[line, column], [row for row in rows if (row["model"], row["task"]) == (model, task)]
             if mine:
                 _panel(ax, mine)
-                ax.set_title(f"{model} · {task} (n = {mine[0]['n']})", fontsize=10)
+                n = ", ".join(map(str, sorted({row["n"] for row in mine})))  # several where runs of a task are put together
+                ax.set_title(f"{model} · {task} (n = {n})", fontsize=10)
             else:
                 ax.set_axis_off()
     for ax in axes[-1]:

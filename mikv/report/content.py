@@ -19,8 +19,13 @@ UNITS = {"kl": " (nats per token)", "nll_change": " (nats per token)", "agreemen
 def content(runs: Sequence[Results]) -> dict[str, Any]:
     """runs: with views (curves), rows (the table) and flips; style: colour and marker by policy."""
     policies = dict.fromkeys(row["policy"] for run in runs for row in run.summary)
+    shown = [_run(run) for run in runs]
+    titles = [run["title"] for run in shown]
+    for run in shown:
+        if titles.count(run["title"]) > 1:
+            run["title"] += f" ({run['name']})"
     return {
-        "runs": [_run(run) for run in runs],
+        "runs": shown,
         "style": {name: dict(zip(("colour", "marker"), look(name), strict=True)) for name in policies},
     }
 

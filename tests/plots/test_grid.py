@@ -25,6 +25,7 @@ ROWS = [
     row("mikv", 20, 0.2),
     row("h2o", 25, 0.1),
     row("full", 100, 0.9, task="letters"),
+    row("full", 100, 0.9, task="letters", n=4),
 ]
 
 
@@ -35,7 +36,7 @@ def lines(ax: Any, style: str) -> list[list[list[float]]]:
 def test_the_line_of_a_policy_is_the_best_within_so_many_bytes() -> None:
     figure = curve_grid(ROWS, "title")
     ax, other = figure.axes
-    assert (ax.get_title(), other.get_title()) == ("tiny · digits (n = 8)", "tiny · letters (n = 8)")
+    assert (ax.get_title(), other.get_title()) == ("tiny · digits (n = 8)", "tiny · letters (n = 4, 8)")
     full, mikv, h2o = lines(ax, "steps-post")
     assert mikv == [[20, 30, 104], [0.2, 0.6, 0.6]]
     assert h2o == [[25, 104], [0.1, 0.1]]

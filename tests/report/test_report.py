@@ -102,6 +102,11 @@ def test_flips_show_both_answers(tmp_path: Path) -> None:
     assert seen == [*lost, gained, ("mikv 20% 8/3", "6", False, "6", "7", ["correct"], [])]
 
 
+def test_two_runs_of_a_task_have_titles_of_their_own(tmp_path: Path) -> None:
+    runs = content_of(report(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b")))["runs"]
+    assert [run["title"] for run in runs] == ["tiny · digits (a)", "tiny · digits (b)"]
+
+
 def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
     """No address but the name of SVG's namespace, no element that loads, and a policy that would stop it."""
     page = report(tmp_path, write_run(tmp_path / "digits"))
