@@ -304,7 +304,7 @@ def _draw_depths(run: Run, units: Sequence[Unit], done: dict[str, Row], file: Pa
     """A map of depth x lines for each policy, where samples have both."""
     placed = {p.label: [row for row in _rows(run, p, units, done) if "lines" in row and "depth" in row] for p in run.panel}
     samples = placed[run.panel[0].label]
-    if len({row["depth"] for row in samples}) <= 10 and len({row["lines"] for row in samples}) > 1:
+    if len({row["lines"] for row in samples}) > 1:
         save_depth_maps(file, placed, f"{run.model.name} on {run.task.name}, n = {len(samples)}")
         print(f"map      {file}")
 

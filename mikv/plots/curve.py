@@ -82,8 +82,8 @@ def depth_map(ax: Any, samples: Sequence[Row]) -> Any:
     """Mean score by the number of lines in the context and the depth of the line that is asked for (0 = first, 1 = last),
     of one policy's samples; each cell says its value. Returns the image, for a colour bar."""
     lines = sorted({row["lines"] for row in samples})
-    depths = sorted({row["depth"] for row in samples})
-    cells = [[[row["score"] for row in samples if (row["lines"], row["depth"]) == (n, d)] for n in lines] for d in depths]
+    depths = sorted({_bin(row["depth"]) for row in samples})
+    cells = [[[row["score"] for row in samples if (row["lines"], _bin(row["depth"])) == (n, d)] for n in lines] for d in depths]
     means = [[sum(cell) / len(cell) if cell else float("nan") for cell in row] for row in cells]
     image = ax.imshow(means, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(means):
@@ -93,6 +93,11 @@ def depth_map(ax: Any, samples: Sequence[Row]) -> Any:
     ax.set_xticks(range(len(lines)), [str(n) for n in lines])
     ax.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
     return image
+
+
+def _bin(depth: float) -> float:
+    """The nearest of five depths: the line in the middle of 20 stands at 0.47 or 0.53."""
+    return round(4 * depth) / 4
 
 
 def save_depth_maps(file: Path, by_policy: Mapping[str, Sequence[Row]], title: str) -> Path:

@@ -131,7 +131,7 @@ def test_where_the_data_lie_is_handed_to_the_parts_that_need_them() -> None:
 
 
 def test_depths_and_line_counts_become_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = {f"lines_{n}": LineRecall(lines=n, depths=2, max_new_tokens=2) for n in (2, 4)}
+    parts = {f"lines_{n}": LineRecall(lines=n, depths=3, max_new_tokens=2) for n in (3, 6)}  # middles at 0.5 and 0.4
     run = replace(suite(tmp_path), task=Suite("maps", parts, {name: ["wrong"] for name in parts}, {}))
     execute(run)
     assert (run.folder() / "depth.png").stat().st_size > 5_000
