@@ -55,6 +55,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         task["limits"] = {part: options.pop("limit") for part, options in task["parts"].items()}
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
+    del record["launcher"]  # a run does not depend on it
     if config.get("panel") is not None:
         del record["policy"]  # the group's default, which a panel doesn't use
     return Run(
@@ -72,6 +73,11 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         title=title,
         config=OmegaConf.to_yaml(OmegaConf.create(record)),
     )
+
+
+def launcher(config: DictConfig) -> Any:
+    """Where the jobs of a sweep run: one of mikv.sweep.launchers."""
+    return _instantiate(config.launcher, "launcher")
 
 
 def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:
