@@ -156,6 +156,8 @@ class Slurm:
             "slurm_setup": list(self.setup) or None,
             "slurm_array_parallelism": self.array_parallelism,
             "slurm_signal_delay_s": self.signal_delay_s,
+            # a step takes its CPUs from the job no more since Slurm 22.05: it would be bound to one
+            "slurm_srun_args": [f"--cpus-per-task={self.cpus}"],
             # --requeue: also what Slurm itself ends (preemption, a node that dies) is started again
             "slurm_additional_parameters": {"requeue" if self.requeue else "no-requeue": True, **self.sbatch},
             "name": "mikv",
