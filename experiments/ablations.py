@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.base import Results, compare, run, show
 from mikv.cli import explained, quiet
+from mikv.metrics.statistics import Paired
 
 BASE = "mikv 20% 16/2"
 CHOICES = {
@@ -45,14 +46,17 @@ def table(results: Results) -> Any:
             what,
             row["label"],
             f"{row['value']:.3g} \\[{bounds[0]:.3g}, {bounds[1]:.3g}]",
-            ""
-            if change is None or not change.ci95
-            else f"{change.difference:+.2g} \\[{change.ci95[0]:+.2g}, {change.ci95[1]:+.2g}]",
+            "" if change is None else _change(change),
             "" if change is None or change.p is None else f"{change.p:.2g}",
             f"{row['kl']:.2g}" if "kl" in row else "",
             f"{row['size_percent']:.1f}",
         )
     return shown
+
+
+def _change(change: Paired) -> str:
+    low, high = change.ci95 or (change.difference, change.difference)
+    return f"{change.difference:+.2g} \\[{low:+.2g}, {high:+.2g}]"
 
 
 if __name__ == "__main__":

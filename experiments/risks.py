@@ -120,7 +120,7 @@ def _rate(row: Row) -> str:
 
 def _cell(row: Row) -> str:
     """'8/3: 0.25 [0.15, 0.40] +12 [+2, +24] *'."""
-    kind = row["label"].split("%")[-1].removeprefix(row["policy"]).replace("balanced", "").strip()
+    kind = row["label"].split("%")[-1].removeprefix(row["policy"]).split("low_group")[0].replace("balanced", "").strip()
     change = f"{100 * row['change']:+.0f}"
     if row["change_low"] is not None:
         change += f" [{100 * row['change_low']:+.0f}, {100 * row['change_high']:+.0f}]"
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=170)
+        console = Console(width=190)
     for model, question in dict.fromkeys((row["model"], row["question"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["question"]) == (model, question)]
         console.print(table(mine))

@@ -3,7 +3,7 @@
 python -m experiments.table1 model=smollm2-recall
 
 The paper's numbers are known from secondary sources only: 50 % evicted 43, 50 % with INT3 99.8 (a blog), 20 % evicted 4.0 and
-20 % with INT4 100 (a re-implementation that quotes the table). Whether its table uses the balancer is unknown; here it does not.
+20 % with INT4 100 (a re-implementation that quotes the table). Whether it has the balancer is unknown; here it has not.
 """
 
 from experiments.base import main

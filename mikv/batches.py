@@ -130,8 +130,11 @@ def plan(requests: Sequence[Request], batch_size: int) -> Iterator[Batch]:
         merged.add(index, request.continuations if isinstance(request, Scoring) else [])
     for decoding, same in kinds.items():
         alone: list[Merged] = []
+        # A shared prefix saves prefill. Answers are many steps, each of which reads all weights for the rows of its batch: for
+        # them a full batch is worth more than a prefix that fills none.
+        least = 2 if decoding is None else min(batch_size, len(same))
         for run, shared in _sharing(list(same.values())):
-            if len(run) == 1:
+            if len(run) < least:
                 alone += run
             else:
                 yield from _cut(run, decoding, shared, batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def _answer(
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
     stopping.heed()  # loading takes minutes
-    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample") as progress:
+    pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
+    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample", mininterval=pace) as progress:
         for lacking, units in todo.items():
             # the twin comes first, whether its own records are there or not: fidelity is measured against it
             panel = [run.panel[0], *(policy for policy in lacking if policy != run.panel[0])]

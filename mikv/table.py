@@ -17,9 +17,11 @@ def print_table(rows: Sequence[Row]) -> None:
 
     console = Console()
     if not console.is_terminal:  # a log file has no width: rather a long line than cut names
-        console = Console(width=130)
+        console = Console(width=160)
     console.print(_main_table(rows))
     first = rows[0]
+    if "system_tiers" in first:
+        console.print(_system_table(rows))
     if "parts" in first:
         risks = [
             (part, name) for part, names in first["risks"].items() for name in names if name in first["parts"][part]["rates"]
@@ -38,8 +40,7 @@ def _main_table(rows: Sequence[Row]) -> Any:
         title=f"{first['model']} · {first['task']} · n = {first['n']} · question {first['question']}",
         caption="size: stored bytes of the 16-bit cache's, counted from tensors; paper: by the paper's formula; "
         "± standard error; lost / gained: samples that got worse / better than with full; "
-        "kl, agree: on the full cache's own answers, in nats per token, share of equal top-1 tokens"
-        + ("; system: % of the system prompt's tokens by the bits that hold them, 0 = evicted" if _tiers(first) else ""),
+        "kl, agree: on the full cache's own answers, in nats per token, share of equal top-1 tokens",
     )
     table.add_column("policy", no_wrap=True)
     others = [] if suite else [name for name in first["scores"] if name != first["metric"]]
@@ -47,7 +48,6 @@ def _main_table(rows: Sequence[Row]) -> Any:
     paired = "difference" in first and first["metric"] != "kl"  # a divergence is a difference to full
     columns = [*others, "size %", "paper %", *(["vs full", "lost", "gained"] if paired else [])]
     columns += [*(["kl", "agree"] if "kl" in first and first["metric"] != "kl" else ["agree"] if "kl" in first else []), *flags]
-    columns += ["system"] if _tiers(first) else []
     table.add_column(first["metric"].replace("_", " "), justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
@@ -63,7 +63,6 @@ def _main_table(rows: Sequence[Row]) -> Any:
             "kl": "" if twin or "kl" not in row else f"{row['kl']:.2g}",
             "agree": "" if twin or "kl" not in row else f"{row['agreement']:.3f}",
             **{flag: f"{row['rates'][flag]['value']:.2f}" for flag in flags},
-            "system": _tiers(row),
         }
         table.add_row(row["label"], _with_error(row["value"], row["stderr"]), *(cells[column] for column in columns))
     return table
@@ -86,10 +85,24 @@ def _risk_table(rows: Sequence[Row], risks: Sequence[tuple[str, str]]) -> Any:
     return table
 
 
-def _tiers(row: Row) -> str:
-    """'16: 20 2: 80': per cent of the system prompt's tokens by bits."""
-    shares = row.get("system_tiers", {})
-    return " ".join(f"{bits}: {100 * share:.0f}" for bits, share in shares.items())
+def _system_table(rows: Sequence[Row]) -> Any:
+    """What became of the system prompt: a column for each kind of tier."""
+    from rich.table import Table
+
+    table = Table(title="system prompt: % of its tokens by the bits that hold them when the answer begins")
+    table.add_column("policy", no_wrap=True)
+    kinds = sorted({bits for row in rows for bits in row["system_tiers"]}, key=lambda bits: (bits == "0", -_bits(bits), bits))
+    for bits in kinds:
+        table.add_column("evicted" if bits == "0" else bits, justify="right")
+    for row in rows:
+        tiers = row["system_tiers"]
+        table.add_row(row["label"], *(f"{100 * tiers[bits]:.0f}" if bits in tiers else "" for bits in kinds))
+    return table
+
+
+def _bits(name: str) -> int:
+    """The key bits of a tier's name: '16', 'k8v4'."""
+    return int(name.removeprefix("k").split("v")[0])
 
 
 def _with_error(value: float, error: float | None) -> str:

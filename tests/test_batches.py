@@ -24,6 +24,19 @@ def batches(requests: list[Request], size: int = 4) -> list[Batch]:
     return list(plan(requests, size))
 
 
+def test_prefixes_that_fill_no_batch_of_answers_are_not_shared() -> None:
+    """Two of each of six system prompts: three full batches, not six halves; scores have no steps to share."""
+    prompts = [few_shot(60, 5 + i, seed=i, prefix_seed=kind) for kind in range(6) for i in range(2)]
+    generating = batches([Generating(one, Decoding(3)) for one in prompts])
+    assert [len(batch.prompts) for batch in generating] == [4, 4, 4]
+    assert all(batch.shared == 0 for batch in generating)
+    scoring = batches([Scoring(one, [[1]]) for one in prompts])
+    assert [len(batch.prompts) for batch in scoring] == [2] * 6
+    assert all(batch.shared >= 60 for batch in scoring)
+    few = batches([Generating(one, Decoding(3)) for one in prompts[:2]])
+    assert [(len(batch.prompts), batch.shared >= 60) for batch in few] == [(2, True)]  # there is no fuller batch to be had
+
+
 def test_every_request_is_in_one_batch_and_kinds_do_not_mix() -> None:
     ways = [Decoding(3), Decoding(4), Decoding(3, Sampling())]
     requests: list[Request] = [Generating(prompt(20 + i, seed=i), ways[i % 3]) for i in range(10)]

@@ -58,7 +58,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.metrics": ("mikv.metrics",),
     "mikv.records": ("mikv.records",),
     "mikv.stopping": (),
-    "mikv.plots": (),
+    "mikv.plots": ("mikv.metrics", "mikv.plots"),
+    "mikv.results": ("mikv.records",),
+    "mikv.report": ("mikv.results", "mikv.records", "mikv.metrics", "mikv.plots", "mikv.report"),
     "mikv.table": (),
     "mikv.runner": (
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),

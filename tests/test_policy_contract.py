@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import NO_END, POLICIES, answers, bits_everywhere, engine, model, prompt, tokens
 
-from mikv.cache.compressed import Usage
+from mikv.cache.compressed import CompressedCache, Usage
 from mikv.config import policy
 from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
@@ -245,26 +245,36 @@ def test_a_stored_token_never_changes(any_policy: Policy) -> None:
     assert len(known) > 20
 
 
+def held_by_tier(run: Engine, cache: CompressedCache, begin: int, end: int, b: int) -> dict[str, float]:
+    """Shares of row b's tokens at positions begin <= p < end, counted token by token in what each store holds."""
+    counts: Counter[str] = Counter()
+    for bank in cache.banks:
+        (store,) = bank.stores
+        for tier, (positions, used, _, _) in zip(store.tiers, store.read(), strict=True):
+            held = positions[:, b, :, used[b]]
+            counts[str(tier.tier)] += int(((held >= begin) & (held < end)).sum())
+    total = (end - begin) * run.geometry.layers * run.geometry.kv_heads
+    if total and store.policy.evicts:
+        counts["0"] = total - counts.total()
+    return {bits: count / total for bits, count in counts.items()} if total else {}
+
+
 def test_the_tiers_of_watched_tokens_are_those_of_the_store(any_policy: Policy) -> None:
-    """Against a count, token by token, of what each store holds when the first token is fed."""
+    """When the first token is fed, and later, when stores have grown and hold unused slots."""
     spans = [(3, 19), (0, 22), (0, 0)]
+    begin, end = torch.tensor(spans).unbind(1)
     prompts = [replace(prompt(n, seed=n), watched=span) for n, span in zip((41, 23, 30), spans, strict=True)]
     run = engine()
-    got = [generation.watched_tiers for generation in run.generate(prompts, [policy("full"), any_policy], Decoding(3))[1]]
     state = run.prefill([p.context for p in prompts], observers(any_policy))
     cache = run.compress(state, [any_policy], torch.tensor([41, 23, 30]))
-    for b, (begin, end) in enumerate(spans):
-        counts: Counter[str] = Counter()
-        for bank in cache.banks:
-            store = bank.stores[0]
-            for tier, (positions, used, _, _) in zip(store.tiers, store.read(), strict=True):
-                held = positions[:, b, :, used[b]]
-                counts[str(tier.tier)] += int(((held >= begin) & (held < end)).sum())
-        total = (end - begin) * run.geometry.layers * run.geometry.kv_heads
-        if any_policy.evicts and total:
-            counts["0"] = total - counts.total()
-        assert got[b] == pytest.approx({bits: count / total for bits, count in counts.items()} if total else {})
-        assert not total or sum(got[b].values()) == pytest.approx(1)
+    reported = [generation.watched_tiers for generation in run.generate(prompts, [any_policy], Decoding(3))[0]]
+    assert reported == [pytest.approx(shares) for shares in cache.tiers(begin, end)]
+    for step in range(40):
+        for b, shares in enumerate(cache.tiers(begin, end)):
+            assert shares == pytest.approx(held_by_tier(run, cache, *spans[b], b))
+            assert not shares or sum(shares.values()) == pytest.approx(1)
+        positions = torch.tensor([len(p.context) + step for p in prompts])
+        run.step(cache, torch.tensor(tokens(3, seed=step)), positions, torch.tensor([True, step < 20, True]))
 
 
 def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Policy) -> None:

@@ -73,6 +73,14 @@ def test_records_and_summary_hold_what_they_promise(tmp_path: Path) -> None:
     assert {f.name for f in (tmp_path / "here").iterdir()} >= {"config.yaml", "run.json", "curve.png"}
 
 
+def test_groups_that_no_head_can_be_cut_into_are_refused_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mikv.runner.load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match="group=12 does not divide head_dim=16"):
+        execute(composed(tmp_path, "policy.low.group=12"))
+
+
 def test_the_same_command_again_computes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

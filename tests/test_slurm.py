@@ -20,7 +20,7 @@ from test_runner import assert_same, outcomes
 from mikv.config import compose
 from mikv.runner import execute
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 TINY = ["model=tiny-random", "task.max_new_tokens=4", "task._target_=slow_lines.SlowLines", "task.limit=200", "batch_size=2"]
 SMALL = ["launcher.cpus=1", "launcher.mem_gb=4"]
@@ -71,6 +71,18 @@ def wait(for_what: Callable[[], bool], seconds: float = 150) -> None:
         time.sleep(0.5)
 
 
+def wait_for_end(sweep: Path, *wanted: str) -> None:
+    """Until the jobs have these states; an unexpected failure is an end, too."""
+
+    def ended() -> bool:
+        found = states(sweep)
+        wrong = any(state in ("failed", "missing") and state != want for state, want in zip(found, wanted, strict=True))
+        assert not wrong, run("-m", "mikv.sweep", "status", str(sweep))
+        return found == list(wanted)
+
+    wait(ended)
+
+
 def samples(sweep: Path, job: int) -> Path:
     outcome = json.loads((sweep / "jobs" / str(job) / "outcome.json").read_text())
     return Path(outcome["folder"]) / "samples.jsonl"
@@ -90,9 +102,7 @@ def log(sweep: Path, job: int) -> str:
     return "".join(file.read_text() for file in sorted((sweep / "logs").glob(f"{job_id(sweep, job)}_0_log.*")))
 
 
-def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four jobs of one array: 0 is done soon, 1 lasts longer than its time limit of a minute, 2 is cancelled, 3 fails."""
     options = [f"out={tmp_path}/runs", "model.max_tokens=1500", "launcher.timeout_min=1", "launcher.signal_delay_s=1"]
     sweep = submitted("launcher=slurm", "task.lines=2,3,4,500", *options)
@@ -104,23 +114,22 @@ def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(
 
     wait(lambda: begun(sweep, 2))
     subprocess.run(["scancel", job_id(sweep, 2)], check=True, timeout=60)
-    wait(lambda: states(sweep)[2:] == ["failed", "failed"])
+    wait(lambda: states(sweep)[2:] == ["failed", "failed"], 60)
     told = run("-m", "mikv.sweep", "status", str(sweep))
     assert re.search(r"CANCELLED: stopped by SIG\w+ after a finished batch", told), told
-    assert "4" in re.findall(r"(\d+) of 200 samples can't be asked of tiny-random", told) or "200 of 200 samples" in told
+    assert "200 of 200 samples can't be asked of tiny-random" in told
     cancelled = samples(sweep, 2).read_text()
     assert cancelled.endswith("\n")
 
-    wait(lambda: states(sweep)[:2] == ["finished", "finished"])
+    wait_for_end(sweep, "finished", "finished", "failed", "failed")
     assert "this job is timed-out" in log(sweep, 1)
     assert "Requeued job" in log(sweep, 1)
     assert "going on, " in log(sweep, 1)
 
     again = run("-m", "mikv.sweep", "rerun", str(sweep), "launcher.timeout_min=10")
     assert "2 of 4 jobs, submitted to Slurm" in again
-    wait(lambda: states(sweep) == ["finished", "finished", "finished", "failed"])
+    wait_for_end(sweep, "finished", "finished", "finished", "failed")
     assert samples(sweep, 2).read_text().startswith(cancelled)
-    assert "nothing" not in run("-m", "mikv.sweep", "status", str(sweep))
 
     monkeypatch.setattr(slow_lines, "SECONDS", {})
     for job, lines in ((1, 3), (2, 4)):
@@ -129,26 +138,26 @@ def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(
         assert_same(outcomes(whole.folder() / "samples.jsonl"), outcomes(samples(sweep, job)))
 
 
-def test_a_preempted_job_is_requeued_by_slurm_and_goes_on(cluster: None, tmp_path: Path) -> None:
+def test_a_preempted_job_is_requeued_by_slurm_and_goes_on(tmp_path: Path) -> None:
     sweep = submitted("launcher=slurm_preemptible", "task.lines=4", f"out={tmp_path}/runs")
     wait(lambda: begun(sweep, 0))
     urgent = ["srun", "--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "true"]
     subprocess.run(urgent, check=True, timeout=90, capture_output=True, env=environment())
     wait(lambda: "going on, " in log(sweep, 0))
-    wait(lambda: states(sweep) == ["finished"])
+    wait_for_end(sweep, "finished")
     assert "stopping after this batch" in log(sweep, 0)
     found = outcomes(samples(sweep, 0))
     assert len(found) == 2 * 200
 
 
-def test_a_signalled_job_requeues_itself(cluster: None, tmp_path: Path) -> None:
+def test_a_signalled_job_requeues_itself(tmp_path: Path) -> None:
     """What submitit asks Slurm to send before the time limit, and some clusters send before preemption."""
     sweep = submitted("launcher=slurm", "task.lines=4", f"out={tmp_path}/runs")
     wait(lambda: begun(sweep, 0))
     subprocess.run(["scancel", "--signal=USR2", job_id(sweep, 0)], check=True, timeout=60)
     wait(lambda: states(sweep) == ["waiting"], 30)
     assert re.search("stopped by SIGUSR2 after a finished batch.*; requeued", run("-m", "mikv.sweep", "status", str(sweep)))
-    wait(lambda: states(sweep) == ["finished"])
+    wait_for_end(sweep, "finished")
     assert "this job is preempted" in log(sweep, 0)
     assert "going on, " in log(sweep, 0)
     assert len(outcomes(samples(sweep, 0))) == 2 * 200
@@ -162,7 +171,7 @@ def test_a_signalled_job_requeues_itself(cluster: None, tmp_path: Path) -> None:
         ("launcher.timeout_min=99999", "Requested time limit is invalid"),
     ],
 )
-def test_what_slurm_refuses_is_said_in_its_words(cluster: None, tmp_path: Path, option: str, said: str) -> None:
+def test_what_slurm_refuses_is_said_in_its_words(tmp_path: Path, option: str, said: str) -> None:
     arguments = ["-m", "launcher=slurm", *TINY, *SMALL, option, f"out={tmp_path}"]
     printed = run("run.py", *arguments, status=2)
     assert "error: Slurm took no job" in printed

@@ -126,7 +126,8 @@ def _wilson(p: float, n: float, z: float) -> list[float]:
     """Wilson's score interval; n need not be whole (scipy's must be)."""
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    # 0 of n reaches down to 0 exactly, which rounding may miss: a bound never lies on the wrong side of the rate
+    return [min(p, max(0.0, (centre - half) / scale)), max(p, min(1.0, (centre + half) / scale))]
 
 
 def _unchanging(difference: float, n: int) -> list[float]:

@@ -60,6 +60,7 @@ def summarize(
     }
     if all(name in row for name in FIDELITY for row in samples):
         summary |= {name: fmean(row[name] for row in samples) for name in FIDELITY}
+        summary |= {f"{name}_ci95": _fidelity_interval(samples, name) for name in FIDELITY}
     tiers = [row["system_tiers"] for row in samples if "system_tiers" in row]
     if tiers:
         names = dict.fromkeys(name for one in tiers for name in one)
@@ -69,6 +70,13 @@ def summarize(
             scores, [float(full[row["sample"]]["score"]) for row in scored], _clusters(scored), lower_is_better
         )
     return summary
+
+
+def _fidelity_interval(samples: Sequence[Row], name: str) -> list[float] | None:
+    """Student's interval, within what is possible: a divergence is at least 0, an agreement at most 1."""
+    bounds = interval([row[name] for row in samples], False, _clusters(samples))
+    least, most = {"kl": (0.0, math.inf), "agreement": (0.0, 1.0)}.get(name, (-math.inf, math.inf))
+    return bounds and [min(max(bound, least), most) for bound in bounds]
 
 
 def rate(samples: Sequence[Row], full: Mapping[str, Row] | None, flag: str) -> Row | None:

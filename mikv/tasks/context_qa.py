@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mikv.tasks.base import Sample
-from mikv.tasks.data import Hub, Row, Source, draw, read_rows
+from mikv.tasks.data import Hub, Row, Source, cluster, draw, read_rows
 
 PROMPT = (
     "Write a high-quality answer for the given question using only the provided text. "
@@ -60,9 +60,9 @@ _FUNCTION_WORDS = """
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 ABSTENTION = re.compile(
-    r"(?:can(?:no|')?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
-    r"(?:not|n't) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
-    r"no (?:information|mention|answer))",
+    r"\b(?:can(?:no|['’])?t be (?:answered|determined)|unanswerable|unknown|unclear|unable to (?:answer|find|determine)|"
+    r"(?:not|\w+n['’]t) (?:been )?(?:mentioned?|specif(?:y|ied)|provided?|stated?|given|say|tell|know|sure|enough information)|"
+    r"no (?:information|mention|answer))\b",
     re.IGNORECASE,
 )
 
@@ -121,7 +121,7 @@ class ContextQA:
         file = Path(self.file).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"task.file={self.file} is no file. Wanted: JSON lines with context, question, answers.text"
+                f"task.file={self.file} is no file; wanted: JSON lines with context, question, answers.text"
             )
         rows = read_rows(file, SQUAD_FIELDS)
         if unanswered := sum(not _answers(row) for row in rows):
@@ -157,7 +157,7 @@ def _sample(doc_id: int, row: Row) -> Sample:
         question=question,
         target=_answers(row)[0],
         meta={"answers": _answers(row), "stems": content_stems(prompt)},
-        notes={"prompt_id": row.get("id", doc_id), "depth": _depth(row)},
+        notes={"prompt_id": row.get("id", doc_id), "depth": _depth(row), "cluster": cluster(row["context"])},
     )
 
 

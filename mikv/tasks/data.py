@@ -6,6 +6,7 @@ had; a task names its source and turns rows into samples.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -175,3 +176,8 @@ def draw(rows: Sequence[T], limit: int | None, seed: int, name: str) -> list[T]:
     if limit is not None and limit > len(order):
         print(f"note: {name} has {len(order)} samples, {limit} were asked for")
     return order[:limit]
+
+
+def cluster(text: str) -> str:
+    """A name for a text that several samples share: their outcomes are not independent."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -29,7 +29,7 @@ SOURCE = Source(
     required={"ordered_kv_records": list, "key": str, "value": str},
     origin="https://github.com/nelson-liu/lost-in-the-middle, kv_retrieval_data/*75_keys.jsonl.gz (first 200 rows)",
 )
-LIKE_A_UUID = re.compile(r"\b[0-9a-f]+(?:-[0-9a-f]+){4,}", re.IGNORECASE)  # garbled ones too: groups of any length
+LIKE_A_UUID = re.compile(r"\b(?=[a-f-]*\d)[0-9a-f]{3,}(?:-[0-9a-f]{2,})+\b", re.IGNORECASE)  # garbled and short ones too
 
 
 def value_outcome(answer: str, value: str, values: Sequence[str], known: Sequence[str]) -> dict[str, bool | None]:

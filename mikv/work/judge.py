@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
 
 from mikv.models.load import Loaded, ModelSpec, load
+
+
+@cache
+def _loaded(model: ModelSpec) -> Loaded:
+    """One copy in memory, however many tasks ask it."""
+    return load(model, attention="sdpa")
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,6 @@ class CausalJudge:
         object.__setattr__(self, "dtype", str(model.resolve_dtype()).removeprefix("torch."))
         object.__setattr__(self, "_model", model)
 
-    @cached_property
-    def _loaded(self) -> Loaded:
-        spec: ModelSpec = self._model  # type: ignore[attr-defined]
-        return load(spec, attention="sdpa")
-
     def verdict(self, prompt: str, answer: str) -> bool | None:
         """True = harmful, None = its reply can't be read."""
         found = re.search(self.pattern, self.reply(prompt, answer), re.IGNORECASE)
@@ -62,7 +63,7 @@ class CausalJudge:
     @torch.inference_mode()
     def reply(self, prompt: str, answer: str) -> str:
         """What the judge says. Raises ValueError where the question is too long for it."""
-        loaded = self._loaded
+        loaded = _loaded(self._model)  # type: ignore[attr-defined]
         tokens = self._tokens(loaded.tokenizer, {"{prompt}": prompt, "{answer}": answer})
         if len(tokens) + self.max_new_tokens > loaded.max_tokens:
             raise ValueError(

@@ -40,6 +40,15 @@ def test_clusters_of_one_are_no_clusters() -> None:
     assert paired(values, [0.0] * 4, clusters=list("abcd")) == paired(values, [0.0] * 4)
 
 
+@pytest.mark.parametrize("n", range(1, 60))
+def test_bounds_lie_on_their_sides_of_the_rate(n: int) -> None:
+    """Also where rounding says otherwise: a figure's error bars must not be negative."""
+    for hits in (0, n // 3, n):
+        values = [1.0] * hits + [0.0] * (n - hits)
+        low, high = interval(values) or (0, 0)
+        assert 0 <= low <= hits / n <= high <= 1
+
+
 def test_intervals_by_hand() -> None:
     """Wilson's for 3 of 4; Student's for 1, 2, 3: t of 2 degrees of freedom is 4.302653."""
     assert interval([1, 1, 1, 0]) == pytest.approx([0.300642, 0.954413], abs=1e-6)

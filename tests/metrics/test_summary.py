@@ -183,6 +183,10 @@ def test_fidelity_is_a_mean_over_samples_and_absent_where_it_was_not_measured() 
     some = [row(i, 1.0, kl=kl, agreement=1 - kl, nll_change=2 * kl) for i, kl in enumerate((0.1, 0.3))]
     got = summarize(some)
     assert [got[name] for name in ("kl", "agreement", "nll_change")] == pytest.approx([0.2, 0.8, 0.4])
+    for name in ("kl", "agreement"):  # Student's, 12.7 standard errors of 0.1, within what is possible
+        low, high = got[f"{name}_ci95"]
+        assert (low, high) == pytest.approx((0.0, 0.2 + 1.270620) if name == "kl" else (0.0, 1.0), abs=1e-5)
+    assert got["nll_change_ci95"] == pytest.approx([0.4 - 2.541241, 0.4 + 2.541241], abs=1e-5)
     assert "kl" not in summarize([*some, row(2, 1.0)])
 
 

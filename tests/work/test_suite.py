@@ -60,7 +60,7 @@ def test_a_changed_part_leaves_the_others_records_alone(tmp_path: Path, capsys: 
     before = replace(suite(tmp_path), name="same")
     execute(before)
     capsys.readouterr()
-    after = replace(suite(tmp_path, open=LineRecall(lines=4, max_new_tokens=5)), name="same")
+    after = replace(suite(tmp_path, open=LineRecall(lines=3, max_new_tokens=6)), name="same")  # the same questions
     execute(after)
     assert "going on, 4 of 8 samples are done" in capsys.readouterr().out
     assert before.folder() == after.folder()
@@ -120,3 +120,13 @@ def test_where_the_data_lie_is_handed_to_the_parts_that_need_them() -> None:
     truthfulqa: Any = task._with_data(task.parts["truthfulqa"])
     assert truthfulqa.data_dir == "/data"
     assert task._with_data(task.parts["linerecall"]) is task.parts["linerecall"]
+
+
+def test_depths_and_line_counts_become_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {f"lines_{n}": LineRecall(lines=n, depths=2, max_new_tokens=2) for n in (2, 4)}
+    run = replace(suite(tmp_path), task=Suite("maps", parts, {name: ["wrong"] for name in parts}, {}))
+    execute(run)
+    assert (run.folder() / "depth.png").stat().st_size > 5_000
+    assert "depth.png" in capsys.readouterr().out
+    execute(suite(tmp_path))  # records of one size
+    assert not (suite(tmp_path).folder() / "depth.png").exists()

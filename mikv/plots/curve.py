@@ -1,4 +1,4 @@
-"""Figures: functions of summary rows. Axes in, axes out; no file is read here."""
+"""Figures of one run, from its summary and samples."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from mikv.plots.style import look
 
-# One colour and marker a policy, the same in every figure (Okabe and Ito's palette, safe for colour-blind readers).
-_STYLE = {
-    "full": ("#000000", "*"),
-    "mikv": ("#0072B2", "o"),
-    "h2o": ("#D55E00", "s"),
-    "streaming_llm": ("#E69F00", "D"),
-    "uniform": ("#009E73", "^"),
-    "random": ("#999999", "v"),
-    "recent_only": ("#CC79A7", "P"),
-}
-_OTHER = ("#56B4E9", "X")
+Row = dict[str, Any]
 
 
 def curve(ax: Any, rows: Sequence[Row]) -> Any:
@@ -32,7 +22,7 @@ def curve(ax: Any, rows: Sequence[Row]) -> Any:
         ax.set_yscale("log", nonpositive="clip")
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size_percent"])
-        colour, marker = _STYLE.get(name, _OTHER)
+        colour, marker = look(name)
         value = [row["value"] for row in mine]
         bounds = [row["ci95"] or (row["value"], row["value"]) for row in mine]
         ax.errorbar(
@@ -65,7 +55,7 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     texts = []
     for row in rows:
         short = row["label"].replace(row["policy"], "").strip() or row["policy"]
-        colour = _STYLE.get(row["policy"], _OTHER)[0]
+        colour = look(row["policy"])[0]
         # a little up and right of the point, in pixels: the scale may be logarithmic
         place = ax.transData.inverted().transform(ax.transData.transform((row["size_percent"], row["value"])) + 9)
         texts.append(ax.text(*place, short, fontsize=7, color=colour))
@@ -130,7 +120,7 @@ def risk_lines(ax: Any, rows: Sequence[Row]) -> None:
     rate is a level to compare with. Rows: policy, size (per cent), rate, low, high."""
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size"])
-        colour, marker = _STYLE.get(name, _OTHER)
+        colour, marker = look(name)
         rate = [row["rate"] for row in mine]
         if name == "full":
             ax.axhline(rate[0], color=colour, linestyle="--", linewidth=1, label=name)

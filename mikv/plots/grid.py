@@ -1,0 +1,82 @@
+"""A measure against bytes for all models and tasks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mikv.metrics.pareto import pareto_front
+from mikv.plots.style import look
+
+Row = Mapping[str, Any]
+
+
+def curve_grid(rows: Sequence[Row], title: str) -> Any:
+    """A figure with a row of panels per model, a column per task.
+
+    rows: model, task, policy, size_percent, measure (its name), value, ci95 (two numbers or None), n, lower_is_better; of one
+    model and task all rows have the same measure. A divergence is drawn on a logarithmic scale, without those that are 0.
+
+    A marker is a policy's point; its line is the best that the policy reaches within so many bytes, with the 95 % interval of
+    that point as a band. The dashed line is the Pareto front of all.
+    """
+    import matplotlib.pyplot as plt
+
+    models, tasks = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "task"))
+    figure, axes = plt.subplots(
+        len(models), len(tasks), figsize=(1.0 + 4.6 * len(tasks), 1.3 + 3.4 * len(models)), squeeze=False, layout="constrained"
+    )
+    for line, model in enumerate(models):
+        for column, task in enumerate(tasks):
+            ax, mine = axes[line, column], [row for row in rows if (row["model"], row["task"]) == (model, task)]
+            if mine:
+                _panel(ax, mine)
+                ax.set_title(f"{model} · {task} (n = {mine[0]['n']})", fontsize=10)
+            else:
+                ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("cache size, % of the 16-bit cache's bytes")
+    figure.suptitle(title, fontsize=11)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 * len(tasks), fontsize=9, frameon=False)
+    return figure
+
+
+def _panel(ax: Any, rows: Sequence[Row]) -> None:
+    first = rows[0]
+    if first["measure"] == "kl":
+        rows = [row for row in rows if row["value"] > 0]
+        ax.set_yscale("log", nonpositive="clip")
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        _policy(ax, name, [row for row in rows if row["policy"] == name])
+    front = [rows[i] for i in _front(rows)]
+    ax.plot(
+        [row["size_percent"] for row in front], [row["value"] for row in front],
+        "--", color="#555555", linewidth=1, zorder=1, label="Pareto front",
+    )  # fmt: skip
+    ax.set_xlim(0, 104)
+    if all(0 <= row["value"] <= 1 for row in rows) and not first["lower_is_better"]:
+        ax.set_ylim(-0.04, 1.04)
+    unit = ", nats per token" if first["measure"] in ("kl", "nll_change") else ""
+    ax.set_ylabel(first["measure"].replace("_", " ") + unit + (", lower is better" if first["lower_is_better"] else ""))
+    ax.grid(True, linewidth=0.3)
+
+
+def _policy(ax: Any, name: str, rows: Sequence[Row]) -> None:
+    colour, marker = look(name)
+    ax.plot(
+        [row["size_percent"] for row in rows], [row["value"] for row in rows],
+        marker, color=colour, markersize=9 if marker == "*" else 6, label=name, zorder=3,
+    )  # fmt: skip
+    best = [rows[i] for i in _front(rows)]
+    sizes = [*(row["size_percent"] for row in best), 104]
+    if name == "full":  # a level to compare with, not a point to reach
+        sizes[0] = 0
+    value = [row["value"] for row in best]
+    low, high = zip(*(row["ci95"] or (row["value"], row["value"]) for row in best), strict=True)
+    ax.plot(sizes, [*value, value[-1]], drawstyle="steps-post", color=colour, linewidth=1.2, alpha=0.8, zorder=2)
+    ax.fill_between(sizes, [*low, low[-1]], [*high, high[-1]], step="post", color=colour, alpha=0.12, linewidth=0, zorder=1)
+
+
+def _front(rows: Sequence[Row]) -> list[int]:
+    return pareto_front([r["size_percent"] for r in rows], [r["value"] for r in rows], rows[0]["lower_is_better"])

@@ -1,0 +1,20 @@
+"""One colour and marker a policy, the same in every figure, and in the report."""
+
+from __future__ import annotations
+
+# Okabe and Ito's palette, safe for colour-blind readers.
+_STYLE = {
+    "full": ("#000000", "*"),
+    "mikv": ("#0072B2", "o"),
+    "h2o": ("#D55E00", "s"),
+    "streaming_llm": ("#E69F00", "D"),
+    "uniform": ("#009E73", "^"),
+    "random": ("#999999", "v"),
+    "recent_only": ("#CC79A7", "P"),
+}
+_OTHER = ("#56B4E9", "X")
+
+
+def look(policy: str) -> tuple[str, str]:
+    """Colour and matplotlib's marker of a policy, by its name."""
+    return _STYLE.get(policy, _OTHER)

@@ -1,0 +1,99 @@
+"""What runs left behind, for those who look at it: the report, the tracker, the notebooks. Read-only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mikv.records import read_rows
+
+Row = dict[str, Any]
+
+NEEDED = {"policy", "label", "model", "task", "question", "metric", "value", "ci95", "n", "samples", "size_percent", "rates"}
+
+
+class ResultsError(RuntimeError):
+    """A folder holds no results that can be read; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run.
+
+    summary: a row per policy, the full twin first; samples: a row per policy and sample (of a kept result set: the flipped
+    ones alone); about: identity and environment, as in run.json; config: the resolved configuration as YAML, where it is kept.
+    """
+
+    name: str
+    summary: list[Row]
+    samples: list[Row]
+    about: Row
+    config: str
+
+    @property
+    def twin(self) -> str:
+        """Label of the full cache."""
+        return str(self.summary[0]["label"])
+
+
+def read_results(folder: Path) -> Results:
+    """The results in the folder of a run.
+
+    Raises:
+        ResultsError, RecordError: there are none, or others than this program writes.
+    """
+    file = folder / "summary.jsonl"
+    if not file.is_file():
+        raise ResultsError(
+            f"{folder} holds no results: there is no summary.jsonl in it. Give the folder of a run that has ended, which the "
+            "run prints at its end; one that was interrupted goes on with the same command."
+        )
+    try:
+        summary = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lacking = NEEDED - summary[0].keys()
+        current = not lacking and all(isinstance(rate, dict) for row in summary for rate in row["rates"].values())
+    except (ValueError, IndexError, AttributeError) as error:
+        raise ResultsError(f"{file} is damaged ({error}); the same command as before writes it anew") from error
+    samples = list(read_rows(folder / "samples.jsonl")) if (folder / "samples.jsonl").is_file() else []
+    if not current or any("sample" not in row for row in samples):
+        raise ResultsError(
+            f"{folder} was written by an older version ({', '.join(sorted(lacking)) or 'rates without intervals'} missing): "
+            "run it again under another name (name=...)"
+        )
+    about, config = folder / "run.json", folder / "config.yaml"
+    return Results(
+        name=folder.resolve().name,
+        summary=summary,
+        samples=samples,
+        about=json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def flips(results: Results) -> Iterator[tuple[Row, Row]]:
+    """Samples whose outcome is another one than with the full cache: its row there, and the policy's, in the order of the
+    summary. Only outcomes that are right or wrong flip; a divergence always differs."""
+    twins = {row["sample"]: row for row in results.samples if row["label"] == results.twin}
+    for point in results.summary[1:]:
+        for row in results.samples:
+            if row["label"] == point["label"] and row["sample"] in twins:
+                scores = {twins[row["sample"]].get("score"), row.get("score")}
+                if scores == {0.0, 1.0}:
+                    yield twins[row["sample"]], row
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, Row]:
+    """All that was measured of a policy, by name: each with value, n, ci95 (or None), lower_is_better, and, where it has a
+    twin, difference (in the measure's unit), difference_ci95, mcnemar_p, lost, gained. The task's metric comes first."""
+    found = {str(row["metric"]): {**row, "lower_is_better": row.get("lower_is_better", False)}}
+    for name, lower in (("kl", True), ("agreement", False), ("nll_change", True)):
+        if name in row and name not in found:
+            found[name] = {"value": row[name], "n": row["samples"], "ci95": row.get(f"{name}_ci95"), "lower_is_better": lower}
+    for part, of_part in ({"": row} | row.get("parts", {})).items():
+        for flag, rate in of_part["rates"].items():
+            found[f"{part} {flag}".strip()] = {**rate, "lower_is_better": True}
+    kept = ("value", "n", "ci95", "lower_is_better", "difference", "difference_ci95", "mcnemar_p", "lost", "gained")
+    return {name: {key: of[key] for key in kept if key in of} for name, of in found.items()}

@@ -1,0 +1,150 @@
+"""Every experiment can be composed and run; its table says what the records say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.base import Results, compare, percent, points
+from experiments.risks import BUDGETS, budget, risks
+from mikv.config import CONF, compose
+from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
+
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+SHORT = ["task.limit=3", "batch_size=4"]
+LINES = [*SHORT, "task.lines=4", "task.max_new_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model on disk whose heads have 64 channels, as those of the models that the experiments are made for."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(tiny_config(head_dim=64)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return ["model=smollm2-135m", f"model.path={folder}"]
+
+
+def program(name: str, *arguments: str) -> None:
+    """What `python -m experiments.NAME ARGUMENTS` does."""
+    sys.modules.pop(f"experiments.{name}", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_module(f"experiments.{name}", run_name="__main__")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_a_run_that_can_be_opened(name: str, model: list[str]) -> None:
+    run = compose(f"experiment={name}", *model, "task=linerecall", *LINES)
+    assert len(run.open().units()) == 3
+    assert run.panel[0].name == "full"
+    assert len({policy.label for policy in run.panel}) == len(run.panel) > 3
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_module_that_says_how_to_run_it(name: str) -> None:
+    module = importlib.import_module(f"experiments.{name}")
+    assert f"python -m experiments.{name}" in str(module.__doc__)
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "ablations"])
+def test_the_program_prints_the_table_of_its_records(
+    name: str, model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program(name, *model, f"out={tmp_path}", *LINES)
+    printed = capsys.readouterr().out
+    (file,) = tmp_path.glob("*/summary.jsonl")
+    for row in map(json.loads, file.read_text().splitlines()):
+        cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
+        mine = [line for line in cells if row["label"] in line][-1]  # the run's own table comes before
+        assert f"{row['size_percent']:.1f}" in mine
+    program(name, *model, f"out={tmp_path}", *LINES)
+    assert "all 3 samples are done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
+def test_the_papers_numbers_stand_beside_policies_of_the_panel(name: str) -> None:
+    paper = importlib.import_module(f"experiments.{name}").PAPER
+    assert set(paper) <= {policy.label for policy in compose(f"experiment={name}", "model=tiny-random").panel}
+    assert all(0 <= value <= 100 for value in paper.values())
+
+
+def test_wrong_overrides_end_with_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program("table1", "model=tiny-random", "task.linse=4")
+    assert ended.value.code == 2
+    assert "task.linse" in capsys.readouterr().err
+
+
+def test_two_policies_are_compared_on_the_samples_that_both_have(tmp_path: Path) -> None:
+    rows = [("a", "1", 1.0), ("a", "2", 0.0), ("a", "3", 1.0), ("b", "2", 1.0), ("b", "1", 1.0), ("b", "4", 0.0)]
+    lines = [json.dumps({"label": label, "sample": sample, "score": score}) for label, sample, score in rows]
+    (tmp_path / "samples.jsonl").write_text("\n".join([*lines, json.dumps({"label": "a", "sample": "4", "score": None})]))
+    got = compare(Results([], tmp_path), "a", "b")
+    assert got is not None
+    assert (got.n, got.difference, got.lower, got.higher) == (2, -0.5, 1, 0)
+
+
+def test_numbers_as_they_are_printed() -> None:
+    assert percent(0.926, [0.8811, 0.955]) == "92.6 \\[88.1, 95.5]"
+    assert points(-0.074, [-0.12, -0.03]) == "-7.4 \\[-12.0, -3.0]"
+    assert percent(1.0, None) == "100.0"
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [(15.9, None), (16.0, 20), (20.0, 20), (21.7, None), (24.0, 30), (31.4, 30), (35.0, None), (43.9, 50), (55.0, None)],
+)
+def test_a_cache_belongs_to_the_budget_that_it_fits_and_uses(size: float, wanted: int | None) -> None:
+    assert budget(size) == wanted
+    assert wanted is None or wanted in BUDGETS
+
+
+def rate(value: float, n: int = 10) -> dict[str, Any]:
+    return {"value": value, "n": n, "stderr": 0.1, "ci95": [0.0, 1.0], "difference": 0.5, "difference_ci95": [0.25, 0.75],
+            "mcnemar_p": 0.01, "lost": 5, "gained": 0}  # fmt: skip
+
+
+def summary_row(policy: str, size: float, **more: Any) -> dict[str, Any]:
+    return {"policy": policy, "label": policy, "model": "m", "task": "safety", "question": "visible", "size_percent": size,
+            "rates": {}, **more}  # fmt: skip
+
+
+def test_risks_of_a_suite_and_of_a_single_task_are_rows_alike() -> None:
+    parts = {"recall": {"rates": {"breach": rate(0.75), "other": rate(0.1)}}, "qa": {"rates": {"wrong": rate(0.5)}}}
+    suite = summary_row("h2o", 20.5, parts=parts, risks={"recall": ["breach", "over_refusal"], "qa": ["wrong"]})
+    got = list(risks([suite]))
+    assert [(row["risk"], row["rate"], row["budget"], row["change"]) for row in got] == [
+        ("recall breach", 0.75, 20, 0.5),
+        ("qa", 0.5, 20, 0.5),
+    ]
+    alone = summary_row("full", 100.0, task="guardedrecall", rates={"breach": rate(0.25)})
+    (row,) = risks([alone])
+    assert (row["risk"], row["rate"], row["budget"], row["change"]) == ("guardedrecall breach", 0.25, None, None)
+
+
+def test_risks_become_a_table_and_a_figure(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mikv.runner import execute
+
+    execute(compose("panel=risk", "task=guardedrecall", *model, f"out={tmp_path / 'runs'}", *LINES))
+    execute(compose("panel=demo", "task=guardedrecall", *model, f"out={tmp_path / 'runs'}", *LINES))  # not of this panel
+    capsys.readouterr()
+    program("risks", "--records", str(tmp_path / "runs"), "--out", str(tmp_path / "figures"))
+    printed = capsys.readouterr().out
+    assert "guardedrecall breach (n = 2)" in printed
+    assert all(f"{b} % of the bytes" in printed for b in BUDGETS)
+    (png,) = (tmp_path / "figures").glob("*.png")
+    assert png.stat().st_size > 10_000
+    (csv,) = (tmp_path / "figures").glob("*.csv")
+    assert len(csv.read_text().splitlines()) == 1 + 4 * 15  # four risks of fifteen policies
+
+
+def test_without_runs_the_way_to_get_some_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program("risks", "--records", str(tmp_path))
+    assert "python run.py panel=risk" in capsys.readouterr().err
