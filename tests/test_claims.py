@@ -98,11 +98,16 @@ def race(folder: Path) -> list[str]:
     return told
 
 
-def marker(folder: Path, host: str, pid: int) -> None:
+def marker(folder: Path, host: str, process: int) -> None:
     """The claim of a process that gives no sign of life."""
     folder.mkdir(exist_ok=True)
-    text = f"filelock/2\npid={pid}\nhost={host}\nmode=lease\ntoken=abc\nduration={LEASE}\nstart=1\n"
-    (folder / ".claim").write_text(text)
+    (folder / ".claim.4").write_text(json.dumps({"host": host, "namespace": 1, "process": process, "started": 1.0}))
+
+
+def taken_away(folder: Path) -> None:
+    """As if another host had found the claim of this process expired, and given its own back."""
+    (folder / ".claim.1").unlink()
+    (folder / ".claim.2").write_text("{}\ngiven back\n")
 
 
 def test_of_eight_that_come_at_once_one_writes_and_seven_are_refused(tmp_path: Path) -> None:
@@ -110,7 +115,7 @@ def test_of_eight_that_come_at_once_one_writes_and_seven_are_refused(tmp_path: P
         folder = tmp_path / str(round_)
         assert Counter(race(folder)) == {"won": 1, "refused": WRITERS - 1}
         assert len(list(read_rows(folder / "samples.jsonl"))) == 1
-        assert not (folder / ".claim").exists()
+        assert [file.name for file in folder.glob(".claim*")] == [".claim.1"]
 
 
 def test_of_eight_that_wait_for_a_dead_host_one_takes_over(tmp_path: Path) -> None:
@@ -122,6 +127,13 @@ def test_of_eight_that_wait_for_a_dead_host_one_takes_over(tmp_path: Path) -> No
     assert len(list(read_rows(tmp_path / "run" / "samples.jsonl"))) == 1
 
 
+def test_a_claim_that_a_crash_of_the_machine_left_empty_expires_too(tmp_path: Path) -> None:
+    (tmp_path / ".claim.3").touch()
+    begun = time.monotonic()
+    with RunFolder(tmp_path, {}, "", LEASE):
+        assert LEASE < time.monotonic() - begun < 5 * LEASE
+
+
 def test_who_died_on_this_host_is_succeeded_at_once(tmp_path: Path) -> None:
     """kill -9 and requeued on the same host: no minute of waiting on a GPU."""
     racer = python(RACER, tmp_path, "first", 600)
@@ -130,7 +142,6 @@ def test_who_died_on_this_host_is_succeeded_at_once(tmp_path: Path) -> None:
     assert answer(racer) == "won"
     racer.kill()
     racer.communicate()
-    assert (tmp_path / ".claim").exists()
     begun = time.monotonic()
     with RunFolder(tmp_path, {}, "", 600) as run:
         assert list(run.samples()) == ["first"]
@@ -170,7 +181,7 @@ def test_a_line_written_in_the_moment_of_a_takeover_harms_nobody(tmp_path: Path,
     """It slept between the look at its claim and the write."""
     with RunFolder(tmp_path, {}, "") as sleeper:
         sleeper.append([{"key": "before"}])
-        (tmp_path / ".claim").unlink()
+        taken_away(tmp_path)
         with RunFolder(tmp_path, {}, "") as successor:
             successor.append([{"key": "after"}])
             monkeypatch.setattr(sleeper, "_still_mine", lambda: None)
@@ -181,7 +192,7 @@ def test_a_line_written_in_the_moment_of_a_takeover_harms_nobody(tmp_path: Path,
 
 def test_also_when_nobody_is_there_any_more_a_lost_claim_is_lost(tmp_path: Path) -> None:
     with RunFolder(tmp_path, {}, "") as sleeper:
-        (tmp_path / ".claim").unlink()
+        taken_away(tmp_path)
         with pytest.raises(RecordError, match="has taken over"):
             sleeper.append([{"key": "b"}])
 
@@ -216,7 +227,7 @@ def test_eight_writers_in_one_tree_some_killed_again_and_again(tmp_path: Path) -
         found = [row["key"] for row in read_rows(tmp_path / f"run{i}" / "samples.jsonl")]
         assert sorted(found) == sorted(f"run{i}/{key}" for key in range(keys))
         assert json.loads((tmp_path / f"run{i}" / "summary.jsonl").read_text()) == {"label": "full", "n": keys}
-        assert not list((tmp_path / f"run{i}").glob(".claim*"))
+        assert len(list((tmp_path / f"run{i}").glob(".claim.*"))) == 1
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path: Path) -> None:

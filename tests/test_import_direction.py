@@ -85,7 +85,6 @@ ENTRANCES: dict[str, tuple[str, ...]] = {
     "hydra": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
     "omegaconf": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
     "submitit": ("mikv.sweep.launchers",),
-    "filelock": ("mikv.records.claim",),
 }
 OURS = ("mikv", "hydra_plugins", "baselines", "experiments", "scripts", "run")
 

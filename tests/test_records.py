@@ -217,7 +217,7 @@ def test_a_summary_is_replaced_as_a_whole(tmp_path: Path) -> None:
         run.write_summary([{"label": "full"}, {"label": "MiKV 世界"}])
         file = run.write_summary([{"label": "full", "value": 1.0}])
     assert [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] == [{"label": "full", "value": 1.0}]
-    assert {f.name for f in tmp_path.iterdir()} == {"summary.jsonl", "run.json", "config.yaml"}
+    assert {f.name for f in tmp_path.iterdir()} == {"summary.jsonl", "run.json", "config.yaml", ".claim.1"}
 
 
 def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

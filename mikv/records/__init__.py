@@ -5,7 +5,7 @@
                         samples.jsonl    one line per policy and sample, flushed as it is produced
                         summary.jsonl    one line per policy, replaced as a whole when the run ends
                         curve.png        the plot
-                        .claim           who is writing; gone when nobody is
+                        .claim.N         who is writing, or was last
 
 A finished key is never computed again; a killed run goes on where it stopped; a folder has one writer at a time.
 """

@@ -22,9 +22,9 @@ _PACKAGES = ("torch", "transformers", "peft", "numpy", "mikv")
 class RunFolder:
     """The folder of one run. Use as a context manager: it is claimed, so that two processes don't compute the same.
 
-    A writer has a samples file of its own: its first append copies what is there to a new file of the same name, and goes on
-    in that. Whoever held the claim before and wakes up (see Claim) writes to a file that has no name any more; it can't tear
-    the lines of the new writer. What was torn before is not copied.
+    A writer has a samples file of its own: what is there is copied to a new file of the same name, which it appends to. Whoever
+    held the claim before and wakes up (see Claim) writes to a file that has no name any more: it can't tear the lines of the
+    new writer. What was torn before is not copied.
 
     Args:
         path: the folder; made where it doesn't exist.
@@ -50,6 +50,10 @@ class RunFolder:
             self._claim = Claim(self.path, self._lease).__enter__()
         try:
             self._check_identity()
+            if self._claim.succeeded and self._samples.exists():
+                self.samples()  # tells of a torn line
+                # before `samples` is asked: what the one before may still write never counts
+                self._descriptor = self._own_file()
         except BaseException:
             self.__exit__(None, None, None)
             raise
