@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,30 +102,6 @@ def test_batch_reader_and_panel_change_no_outcome(tmp_path: Path, options: str) 
     execute(composed(tmp_path, "name=b", options))
     first, second = (outcomes(tmp_path / name / "samples.jsonl") for name in "ab")
     assert_same(first, {key: second[key] for key in first}, but=("reader",))
-
-
-def test_killed_at_random_moments_and_started_again_nothing_is_lost_or_double(tmp_path: Path) -> None:
-    """kill -9 of a real process (trap T30): the final records are those of an uninterrupted run."""
-    options = [*TINY, "task.limit=24", "batch_size=1", f"out={tmp_path}"]
-    command = [sys.executable, "run.py", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "name=whole"], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-    samples = tmp_path / "cut" / "samples.jsonl"
-    rng, killed = random.Random(0), 0
-    for _ in range(3):
-        process = subprocess.Popen(
-            [*command, "name=cut"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        begun = samples.stat().st_size if samples.exists() else 0
-        while process.poll() is None and (samples.stat().st_size if samples.exists() else 0) == begun:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert killed >= 1
-    subprocess.run([*command, "name=cut"], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-    assert_same(outcomes(tmp_path / "whole" / "samples.jsonl"), outcomes(samples))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("MPS backend out of memory")])
