@@ -148,6 +148,14 @@ def test_who_died_on_this_host_is_succeeded_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 5
 
 
+def test_who_is_alive_gives_signs_of_life_while_it_computes(tmp_path: Path) -> None:
+    """A batch takes longer than the lease: nobody else may conclude that its process is gone."""
+    with RunFolder(tmp_path, {}, "", LEASE):
+        before = (tmp_path / ".claim.1").stat().st_mtime_ns
+        time.sleep(LEASE)
+        assert (tmp_path / ".claim.1").stat().st_mtime_ns > before + LEASE / 2 * 1e9
+
+
 def test_a_sleeper_is_succeeded_and_told_so_when_it_wakes(tmp_path: Path) -> None:
     """Suspended, or cut off from the file server, for longer than the lease."""
     code = """

@@ -193,7 +193,9 @@ def test_two_runs_that_differ_in_one_field_have_two_keys(tmp_path: Path, overrid
     assert one.folder() != other.folder()
 
 
-@pytest.mark.parametrize("override", ["batch_size=7", "reader=packed", "out=elsewhere"])
+@pytest.mark.parametrize(
+    "override", ["batch_size=7", "reader=packed", "out=elsewhere", "launcher=slurm", "model.device_map=auto"]
+)
 def test_what_changes_no_outcome_changes_no_key(tmp_path: Path, override: str) -> None:
     one, other = composed(tmp_path), composed(tmp_path, override)
     assert one.key(one.panel[1], Unit(0)) == other.key(other.panel[1], Unit(0))
