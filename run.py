@@ -3,16 +3,18 @@
 python run.py                                              MiKV on line recall, with the embedded model
 python run.py panel=demo                                   the paper's finding in one table
 python run.py policy=mikv model=llama2-7b task=linerecall policy.keep=0.1 policy.high.bits=8
+python run.py -m launcher=slurm model=llama2-7b,mistral-7b panel=paper       a sweep; conf/launcher says where it can run
 python run.py --help                                       groups, options, defaults
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mikv.cli import explained, quiet
 
@@ -26,12 +28,20 @@ quiet()
 def main(config: DictConfig) -> None:
     from mikv.config import build, tracker
     from mikv.runner import execute
+    from mikv.sweep.folder import SweepFolder
+    from mikv.sweep.job import noted
 
-    with explained():
-        context = HydraConfig.get()
-        run, mirror = build(config, [override.split("=")[0] for override in context.overrides.task]), tracker(config)
+    context = HydraConfig.get()
+    chosen = [override.split("=")[0] for override in context.overrides.task]
+    swept = context.mode == RunMode.MULTIRUN
+    job = SweepFolder(Path(context.sweep.dir)).job(context.job.num) if swept else None
+    with noted(job, OmegaConf.to_yaml(config)) if job else nullcontext(lambda _: None) as note_folder, explained():
+        if "launcher" in chosen and not swept:
+            raise ValueError("launcher=... launches sweeps: add -m (one run is a sweep too)")
+        run, mirror = build(config, chosen), tracker(config)
+        note_folder(run.folder())
         execute(run)
-        mirror.mirror(run.folder(), Path(context.sweep.dir).name.lstrip(".") if context.mode == RunMode.MULTIRUN else None)
+        mirror.mirror(run.folder(), Path(context.sweep.dir).name.lstrip(".") if swept else None)
 
 
 def suggest(arguments: list[str]) -> None:

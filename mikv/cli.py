@@ -18,13 +18,17 @@ def quiet() -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Errors with a message for the user end the program with status 2; MIKV_DEBUG=1 shows the traceback."""
+    """Errors with a message for the user end the program with status 2; MIKV_DEBUG=1 shows the traceback.
+
+    A signal or Ctrl-C: 128 and its number, as shells have it.
+    """
     from mikv.batches import OutOfMemory
     from mikv.models.architecture import Unsupported
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
     from mikv.results import ResultsError
     from mikv.runner import RunError
+    from mikv.stopping import Stopped
     from mikv.tasks.data import DataUnavailable
 
     known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, ResultsError, RunError,
@@ -36,6 +40,9 @@ def explained() -> Iterator[None]:
             raise
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from stopped
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None

@@ -56,7 +56,8 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         task["limits"] = {part: options.pop("limit") for part, options in task["parts"].items()}
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
-    del record["tracker"]  # looks on
+    for name in ("tracker", "launcher"):  # a run does not depend on them
+        del record[name]
     if config.get("panel") is not None:
         del record["policy"]  # the group's default, which a panel doesn't use
     return Run(
@@ -81,6 +82,11 @@ def tracker(config: DictConfig) -> Tracker:
     made = _instantiate(config.tracker, "tracker")
     assert isinstance(made, Tracker)
     return made
+
+
+def launcher(config: DictConfig) -> Any:
+    """Where the jobs of a sweep run: one of mikv.sweep.launchers."""
+    return _instantiate(config.launcher, "launcher")
 
 
 def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mikv.models.load import Loaded, ModelSpec, load, load_geometry
 from mikv.plots import save_curve, save_depth_maps
 from mikv.policy import Policy, check_choice
 from mikv.records import Row, RunFolder
+from mikv.stopping import Stopping
 from mikv.table import print_table
 from mikv.tasks.base import Task
 from mikv.tasks.prompting import QUESTION
@@ -128,12 +130,13 @@ def execute(run: Run) -> list[Row]:
 
     Raises:
         RunError, ModelUnavailable, RecordError, ValueError: before long work starts where that is possible.
+        Stopped: by a signal, after a batch.
     """
     work = run.open()
     units = work.units()
     if not units:
         raise RunError(f"the task {run.task.name} has no samples")
-    with RunFolder(run.folder(), run.identity, run.config) as records:
+    with Stopping() as stopping, RunFolder(run.folder(), run.identity, run.config) as records:
         done = records.samples()
         todo = _missing(run, units, done)
         left = sum(map(len, todo.values()))
@@ -142,7 +145,7 @@ def execute(run: Run) -> list[Row]:
         elif left < len(units):
             print(f"{records.path}: going on, {len(units) - left} of {len(units)} samples are done")
         if todo:
-            _answer(run, work, todo, records, done)
+            _answer(run, work, todo, records, done, stopping)
         summary = _summarize(run, work, units, done)
         file = records.write_summary(summary)
     print_table(summary)
@@ -163,7 +166,14 @@ def _missing(run: Run, units: Sequence[Unit], done: dict[str, Row]) -> dict[tupl
     return missing
 
 
-def _answer(run: Run, work: Work, todo: dict[tuple[Policy, ...], list[Unit]], records: RunFolder, done: dict[str, Row]) -> None:
+def _answer(
+    run: Run,
+    work: Work,
+    todo: dict[tuple[Policy, ...], list[Unit]],
+    records: RunFolder,
+    done: dict[str, Row],
+    stopping: Stopping,
+) -> None:
     """Compute what is missing, batch by batch; `done` grows as the records do."""
     from tqdm import tqdm
 
@@ -173,11 +183,13 @@ def _answer(run: Run, work: Work, todo: dict[tuple[Policy, ...], list[Unit]], re
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
-    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample") as progress:
+    stopping.heed()  # loading takes minutes
+    pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
+    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample", mininterval=pace) as progress:
         for lacking, units in todo.items():
             # the twin comes first, whether its own records are there or not: fidelity is measured against it
             panel = [run.panel[0], *(policy for policy in lacking if policy != run.panel[0])]
-            for unit, responses, seconds in _serve(run, engine, units, encoded, panel):
+            for unit, responses, seconds in _serve(run, engine, units, encoded, panel, stopping):
                 rows = [
                     _row(run, policy, unit, loaded, encoded[unit], mine) | outcome | {"seconds": seconds}
                     for policy, mine, outcome in zip(panel, responses, work.outcomes(unit, responses), strict=True)
@@ -205,9 +217,15 @@ def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict
 
 
 def _serve(
-    run: Run, engine: Engine, units: Sequence[Unit], encoded: dict[Unit, Encoded], panel: Sequence[Policy]
+    run: Run,
+    engine: Engine,
+    units: Sequence[Unit],
+    encoded: dict[Unit, Encoded],
+    panel: Sequence[Policy],
+    stopping: Stopping,
 ) -> Iterator[tuple[Unit, list[list[Response]], dict[str, float]]]:
-    """Units as they get done: their responses by policy and request, and their share of the time."""
+    """Units as they get done: their responses by policy and request, and their share of the time. Between two batches, when
+    the caller has recorded all units of the first, signals are heeded."""
     requests: list[Request] = []
     owner: list[Unit] = []
     first: dict[Unit, int] = {}
@@ -226,6 +244,7 @@ def _serve(
             if len(responses[unit]) == len(encoded[unit].requests):
                 mine = responses.pop(unit)
                 yield unit, [[mine[i][p] for i in range(len(mine))] for p in range(len(panel))], dict(seconds.pop(unit))
+        stopping.heed()
 
 
 def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded, responses: Sequence[Response]) -> Row:

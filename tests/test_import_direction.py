@@ -57,7 +57,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mikv.tasks", "mikv.work", "mikv.lm"),
     ),
     "mikv.metrics": ("mikv.metrics",),
-    "mikv.records": (),
+    "mikv.records": ("mikv.records",),
+    "mikv.stopping": (),
     "mikv.plots": ("mikv.metrics", "mikv.plots"),
     "mikv.results": ("mikv.records",),
     "mikv.tracking": ("mikv.results", "mikv.records", "mikv.fingerprint"),
@@ -65,10 +66,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.table": (),
     "mikv.runner": (
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
-        *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.plots", "mikv.table"),
+        *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.stopping", "mikv.plots", "mikv.table"),
     ),
-    "mikv.cli": ("mikv.batches", "mikv.models", "mikv.records", "mikv.results", "mikv.runner", "mikv.tasks"),
+    "mikv.cli": (
+        *("mikv.batches", "mikv.models", "mikv.records", "mikv.results", "mikv.runner"),
+        *("mikv.stopping", "mikv.tasks"),
+    ),
     "mikv.config": ("mikv.tracking", "mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),
+    "mikv.sweep": ("mikv.records", "mikv.stopping", "mikv.sweep"),
+    "mikv.sweep.launch": ("mikv.config", "mikv.sweep", "hydra_plugins.hydra_submitit_launcher"),
+    "hydra_plugins.mikv_launcher": ("mikv.sweep",),
     "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy"),
     "experiments": ("mikv", "experiments"),
     "scripts": ("mikv",),
@@ -80,10 +87,11 @@ ENTRANCES: dict[str, tuple[str, ...]] = {
     "lm_eval": ("mikv.lm",),
     "datasets": ("mikv.lm", "mikv.tasks.data"),
     "triton": ("mikv.kernels",),
-    "hydra": ("run", "mikv.config"),
-    "omegaconf": ("run", "mikv.config"),
+    "hydra": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
+    "omegaconf": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
+    "submitit": ("mikv.sweep.launchers",),
 }
-OURS = ("mikv", "baselines", "experiments", "scripts", "run")
+OURS = ("mikv", "hydra_plugins", "baselines", "experiments", "scripts", "run")
 
 
 def sources() -> dict[str, str]:
@@ -170,6 +178,8 @@ def test_no_entry_of_the_table_lets_mikv_reach_up() -> None:
         ("mikv.policy", "if TYPE_CHECKING:\n    import omegaconf"),
         ("mikv.runner", "from hydra.utils import instantiate"),
         ("mikv.records", "import wandb"),
+        ("mikv.runner", "import mikv.sweep"),
+        ("mikv.sweep.status", "from submitit import AutoExecutor"),
         ("mikv.brand_new", ""),
         ("mikv.typeset", ""),  # not mikv.types
     ],

@@ -48,6 +48,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._banks: dict[int, Workspace] = {}
+
+    def of_bank(self, bank: int) -> Workspace:
+        """Each bank works with memory of its own: all of a cache are at work in a step, and two may lie on one device."""
+        return self._banks.setdefault(bank, Workspace())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = torch.Size(shape).numel()
@@ -90,7 +95,12 @@ class CompressedCache(Cache):
             )
         workspace = Workspace() if workspace is None else workspace
         super().__init__(layers=[])
-        self._hold([_Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace) for bank in state.banks])
+        self._hold(
+            [
+                _Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace.of_bank(i))
+                for i, bank in enumerate(state.banks)
+            ]
+        )
 
     def end_step(self, active: Tensor) -> None:
         """Call after each forward pass: the new token enters the stores, scores grow, tokens are demoted.

@@ -49,6 +49,8 @@ class ModelSpec:
         adapter: a LoRA adapter (peft, safetensors) merged into the weights: a folder, or a name in mikv/models/adapters.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.
         device: auto (cuda where there is one), cpu, cuda, cuda:1, ...
+        device_map: auto = accelerate spreads the layers over all GPUs that the process sees, in order, each layer whole; each
+            layer's cache lives with it. Changes no outcome but by rounding, so it is in no key. null = all on `device`.
         max_tokens: longest prompt plus answer; null = the model's own limit.
         trust_remote_code: run Python code that comes with the weights.
     """
@@ -62,6 +64,7 @@ class ModelSpec:
     adapter: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     max_tokens: int | None = None
     trust_remote_code: bool = False
 
@@ -72,6 +75,12 @@ class ModelSpec:
             raise ValueError(f"model.source={self.source}: choose auto, hub or package")
         if self.source == "package" and self.gguf_package is None:
             raise ValueError(f"model.source=package: {self.name} names no package; set model.gguf_package")
+        if self.device_map not in (None, "auto"):
+            raise ValueError(f"model.device_map={self.device_map}: choose auto or null")
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"model.device_map=auto and model.device={self.device} exclude each other: leave model.device=auto"
+            )
         try:
             self.resolve_device()
         except RuntimeError as error:
@@ -215,11 +224,29 @@ def load(spec: ModelSpec, attention: str = NAME) -> Loaded:
         model, tokenizer = tiny_model(tiny_config(), spec.resolve_dtype(), attention=attention), byte_tokenizer()
     else:
         model, tokenizer = _pretrained(spec, attention)
-    model = model.to(spec.resolve_device()).eval()
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(spec.resolve_device())
+    else:
+        check_on_gpus(model)
+    model = model.eval()
     limit = int(getattr(model.config, "max_position_embeddings", 0)) or 2**20
     if spec.max_tokens is not None:
         limit = min(limit, spec.max_tokens)
     return Loaded(model, tokenizer, _end_tokens(model, tokenizer), limit)
+
+
+def check_on_gpus(model: Any) -> None:
+    """Refuse a model of which accelerate left something on the CPU: a layer that waits there has no place for its cache.
+
+    Raises:
+        ModelUnavailable
+    """
+    places: dict[str, Any] = model.hf_device_map
+    if left := sorted(name for name, place in places.items() if str(place) in ("cpu", "disk")):
+        raise ModelUnavailable(
+            f"the model does not fit the GPUs that there are: {len(left)} of its {len(places)} parts ({left[0]} ...) are left "
+            "over. Ask for more GPUs (launcher.gpus=...) or larger ones, or model.dtype=bfloat16"
+        )
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -267,6 +294,8 @@ def _pretrained(spec: ModelSpec, attention: str) -> tuple[Any, Any]:
         if attention == NAME:
             geometry(_config(spec))  # refuse before gigabytes are read
         tokenizer = load_tokenizer(spec)
+        if spec.device_map is not None and torch.cuda.is_available():
+            options["device_map"] = spec.device_map  # straight to the GPUs: it need not fit the main memory
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=spec.resolve_dtype(), attn_implementation=attention, **options
         )

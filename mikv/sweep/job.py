@@ -1,0 +1,65 @@
+"""A job of a sweep notes what becomes of it, for whoever asks later: exit codes and logs tell it only in part."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from mikv.stopping import Stopped
+from mikv.sweep.folder import Outcome, note_outcome
+
+
+@contextmanager
+def noted(job: Path, config: str) -> Iterator[Callable[[Path], None]]:
+    """Note start, end and failure of what happens inside.
+
+    Args:
+        job: the job's folder.
+        config: its whole configuration, as YAML; kept there.
+
+    Yields:
+        To be told the folder of the run's records.
+
+    Raises:
+        SystemExit: status 1 instead of an unknown error, whose traceback is printed: Hydra would hand it back as a value, and
+            Slurm would call the job completed. What ends the program otherwise passes.
+    """
+    outcome = Outcome("running", socket.gethostname(), os.getpid(), time.time())
+
+    def folder(path: Path) -> None:
+        nonlocal outcome
+        outcome = replace(outcome, folder=str(path.resolve()))
+        note_outcome(job, outcome)
+
+    note_outcome(job, outcome)
+    (job / "config.yaml").write_text(config, encoding="utf-8")
+    try:
+        yield folder
+    except BaseException as error:
+        state, reason = _reason(error)
+        note_outcome(job, replace(outcome, state=state, reason=reason, ended=time.time()))
+        if isinstance(error, Exception):
+            traceback.print_exc()
+            raise SystemExit(1) from error
+        raise
+    note_outcome(job, replace(outcome, state="finished", ended=time.time()))
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ is not None else error
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == 130):
+        return "stopped", "interrupted"
+    # submitit's handler leaves by SystemExit while Stopped is handled
+    if isinstance(cause, Stopped) or isinstance(cause.__context__, Stopped):
+        return "stopped", str(cause if isinstance(cause, Stopped) else cause.__context__)
+    if isinstance(cause, SystemExit):
+        return "failed", f"the program ended itself with status {cause.code}"
+    message = str(cause).strip() or type(cause).__name__
+    expected = isinstance(error, SystemExit)  # mikv.cli.explained has told the user
+    return "failed", message if expected else f"{type(cause).__name__}: {message}"

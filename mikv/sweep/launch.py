@@ -1,0 +1,89 @@
+"""Launch the jobs of a sweep that are not done yet, and say what was launched and how to follow it.
+
+The only module that knows Hydra's launching. What is pickled for submitit is hydra-submitit-launcher's own launcher object: it
+composes the job's configuration where it runs, and gives submitit the `checkpoint` that it needs to requeue.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import filter_overrides
+from omegaconf import DictConfig
+
+from mikv.config import ConfigError
+from mikv.config import launcher as configured
+from mikv.sweep.folder import SweepError, SweepFolder
+from mikv.sweep.launchers import Launcher, Task
+from mikv.sweep.status import TO_DO, print_status, status
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(context: Any, function: Any, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Launch what of the jobs is failed or missing: of a new sweep all, of one that is launched again the rest.
+
+    Args:
+        context, function: of Hydra's launcher plugin.
+        config: of the sweep.
+        jobs: overrides of each job.
+
+    Raises:
+        SystemExit: 1 if a job failed (where the launcher waits for the end), 2 if nothing could be launched.
+    """
+    try:
+        launcher: Launcher = configured(config)
+        sweep = SweepFolder(Path(str(config.hydra.sweep.dir)))
+        sweep.plan(sys.argv[1:], [[o for o in filter_overrides(list(job)) if not _of_launcher(o)] for job in jobs])
+        todo = [job.number for job in status(sweep) if job.state in TO_DO]
+        for number in todo:
+            sweep.forget(number)
+        print(f"{len(todo)} of {len(jobs)} jobs, {launcher}")
+        print(f"logs    {sweep.logs if launcher.logs else 'are printed here'}")
+        print(f"follow  python -m mikv.sweep status {sweep.path}", flush=True)
+        if todo:
+            _make_importable()
+            launcher.launch(sweep, _tasks(context, function, config, {number: list(jobs[number]) for number in todo}))
+        ended = status(sweep)
+    except (ConfigError, SweepError, OSError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if launcher.waits:
+        print_status(sweep, ended)
+        if any(job.state != "finished" for job in ended):
+            raise SystemExit(1)
+
+
+def _tasks(context: Any, function: Any, config: DictConfig, jobs: dict[int, list[str]]) -> list[Task]:
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+    there, here = SlurmLauncher(), BasicLauncher()
+    for stock in (there, here):
+        stock.setup(hydra_context=context, task_function=function, config=config)
+    return [
+        Task(
+            number,
+            there,
+            (overrides, "hydra.sweep.dir", number, f"job_{number}", Singleton.get_state()),
+            partial(here.launch, [overrides], initial_job_idx=number),
+        )
+        for number, overrides in jobs.items()
+    ]
+
+
+def _of_launcher(override: str) -> bool:
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] == "launcher"
+
+
+def _make_importable() -> None:
+    """Jobs start in the same folder with the same environment, but run.py's own folder is not on their path."""
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(ROOT) not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, path)])

@@ -1,0 +1,252 @@
+"""Sweeps without a cluster: the local launchers for real, Slurm's command lines, and how a job's state is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mikv.config import CONF
+from mikv.sweep import queue
+from mikv.sweep.folder import Outcome, Submitted, SweepError, SweepFolder, note_outcome
+from mikv.sweep.job import noted
+from mikv.sweep.launchers import Local, Slurm
+from mikv.sweep.status import status
+
+TINY = ["model=tiny-random", "task.limit=4", "task.max_new_tokens=4", "model.max_tokens=1500"]
+
+
+def run(*command: str, status: int = 0, path: str = "") -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "PATH": path + os.environ["PATH"]}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def folder_of(printed: str) -> Path:
+    return Path(re.findall(r"follow +python -m mikv\.sweep status (\S+)", printed)[0])
+
+
+def states(printed: str) -> list[str]:
+    return re.findall(r"^ +\d+  (\w+)", printed, re.MULTILINE)
+
+
+# --- for real ---
+
+
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_failing_job_keeps_no_other_from_running_and_a_rerun_does_what_is_missing(launcher: str, tmp_path: Path) -> None:
+    """The failing one comes first."""
+    printed = run("run.py", "-m", f"launcher={launcher}", "task.lines=500,2,3", *TINY, f"out={tmp_path}", status=1)
+    assert "3 of 3 jobs, " in printed
+    assert states(printed) == ["failed", "finished", "finished"]
+    assert "4 of 4 samples can't be asked of tiny-random" in printed
+    sweep = folder_of(printed)
+    assert str(sweep / "logs") in printed or launcher == "basic"
+    assert f"to submit what is missing: python -m mikv.sweep rerun {sweep}" in printed
+    assert "lines: 3" in (sweep / "jobs" / "2" / "config.yaml").read_text()
+
+    gone = Path(json.loads((sweep / "jobs" / "1" / "outcome.json").read_text())["folder"])
+    (gone / "summary.jsonl").unlink()
+    assert states(run("-m", "mikv.sweep", "status", str(sweep))) == ["failed", "missing", "finished"]
+    again = run("-m", "mikv.sweep", "rerun", str(sweep), status=1)
+    assert "2 of 3 jobs, " in again
+    assert states(again) == ["failed", "finished", "finished"]
+    assert (gone / "summary.jsonl").exists()
+
+
+def test_local_jobs_run_at_once_and_one_that_is_killed_is_found_dead(tmp_path: Path) -> None:
+    command = ["-m", "launcher=local", "task.lines=3,4", "task._target_=slow_lines.SlowLines", *TINY, "task.limit=100"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *command, f"out={tmp_path}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    sweep = SweepFolder(folder_of("".join(process.stdout.readline() for _ in range(3))))
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("*/samples.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert [job.state for job in status(sweep)] == ["running", "running"]
+    outcome = sweep.outcome(0)
+    assert outcome is not None
+    os.kill(outcome.process, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert states(printed) == ["failed", "finished"]
+    assert re.search(rf"process {outcome.process} on .+ is gone; its log ends: ", printed)
+
+
+def test_an_unknown_error_is_a_failure_with_its_traceback_in_the_log(tmp_path: Path) -> None:
+    """Hydra hands errors back as values; the job would pass for completed."""
+    with pytest.raises(SystemExit, match="1"), noted(tmp_path, "a: 1\n"):
+        raise KeyError("what")
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert (outcome["state"], outcome["reason"]) == ("failed", "KeyError: 'what'")
+
+
+def test_a_launcher_without_a_sweep_is_refused() -> None:
+    assert "launcher=... launches sweeps: add -m" in run("run.py", "launcher=slurm", *TINY, status=2)
+
+
+def test_status_of_no_sweep_names_one_that_is_near(tmp_path: Path) -> None:
+    SweepFolder(tmp_path / ".sweeps" / "now").plan(["-m"], [["a=1"]])
+    assert f"did you mean {tmp_path}/.sweeps/now?" in run("-m", "mikv.sweep", "status", str(tmp_path), status=2)
+
+
+def test_the_folder_of_other_jobs_is_refused(tmp_path: Path) -> None:
+    SweepFolder(tmp_path).plan(["-m", "a=1,2"], [["a=1"], ["a=2"]])
+    SweepFolder(tmp_path).plan(["-m", "launcher=slurm", "a=1,2"], [["a=1"], ["a=2"]])
+    assert SweepFolder(tmp_path).command() == ["-m", "a=1,2"]
+    with pytest.raises(SweepError, match="a sweep of other jobs"):
+        SweepFolder(tmp_path).plan([], [["a=1"]])
+
+
+# --- Slurm's command lines ---
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path) -> str:
+    """A PATH with an sbatch that takes everything, and a squeue that knows nothing."""
+    for name, says in (("sbatch", "echo Submitted batch job 77"), ("srun", ""), ("squeue", ""), ("sacct", "exit 1")):
+        file = tmp_path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{says}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return f"{tmp_path}/bin:"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (
+            ["launcher=slurm"],
+            ["array=0-1%2", "cpus-per-task=8", "gpus-per-node=1", "mem=64GB", "time=240", "requeue", "signal=USR2@120"],
+        ),
+        (
+            ["launcher=slurm_a100", "launcher.account=lab", "launcher.qos=high", "+launcher.sbatch.mail-type=END"],
+            ["constraint=a100", "mem=120GB", "time=720", "account=lab", "qos=high", "mail-type=END"],
+        ),
+        (["launcher=slurm_preemptible"], ["partition=preemptible", "time=60", "signal=USR2@60", "requeue"]),
+        (["launcher=slurm", "launcher.requeue=false", "launcher.array_parallelism=1"], ["no-requeue", "array=0-1%1"]),
+        (["launcher=slurm", "launcher.gpus=0", "launcher.timeout_min=5"], ["time=5"]),
+    ],
+)
+def test_options_become_lines_for_sbatch(no_slurm: str, overrides: list[str], wanted: list[str], tmp_path: Path) -> None:
+    setup = "launcher.setup=['module load cuda','export A=1']"
+    printed = run("run.py", "-m", *overrides, "task.lines=2,3", setup, *TINY, f"out={tmp_path}/runs", path=no_slurm)
+    sweep = folder_of(printed)
+    (script,) = (sweep / "logs").glob("*_submission.sh")
+    lines = script.read_text().splitlines()
+    given = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
+    assert set(wanted) <= set(given)
+    assert any(line.startswith("gpus-per-node") for line in given) == ("launcher.gpus=0" not in overrides)
+    assert "\nmodule load cuda\nexport A=1\n" in script.read_text()
+    # a step takes its CPUs from the job no more since Slurm 22.05
+    assert any(line.startswith("srun ") and "--cpus-per-task=" in line for line in lines)
+    assert SweepFolder(sweep).submitted(1) == Submitted(
+        "slurm", "77_1", str(sweep.resolve() / "logs" / "77_1_0_log.out"), str(sweep.resolve() / "logs" / "77_1_0_log.err")
+    )
+    assert "2 missing" in run("-m", "mikv.sweep", "status", str(sweep), path=no_slurm)
+
+
+def test_without_slurm_that_is_said(tmp_path: Path) -> None:
+    if (Path("/usr/bin/srun")).exists():
+        pytest.skip("there is a Slurm here")
+    printed = run("run.py", "-m", "launcher=slurm", *TINY, f"out={tmp_path}", status=2)
+    assert "error: Slurm took no job" in printed
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "launcher").glob("*.yaml")))
+def test_every_launcher_explains_each_of_its_fields(name: str) -> None:
+    for line in (CONF / "launcher" / f"{name}.yaml").read_text().splitlines():
+        assert re.match(r"#|_target_|defaults:|  - |constraint: a100$|cpus: ", line) or "  # " in line, line
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Slurm(timeout_min=2, signal_delay_s=120), "told to stop as it starts"),
+        (lambda: Slurm(gpus=-1), r"launcher\.gpus=-1: a whole number, at least 0"),
+        (lambda: Slurm(mem_gb="64G"), r"launcher\.mem_gb=64G"),
+        (lambda: Local(jobs_at_once=0), r"launcher\.jobs_at_once=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_local_jobs_never_share_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match="needs 4 GPUs, and 3 are there"):
+        Local(jobs_at_once=2, gpus=2, gpu_ids=[0, 1, 2]).launch(SweepFolder(tmp_path), [])
+
+
+# --- states ---
+
+HERE = socket.gethostname()
+ENDED = 2**22 + 1  # above the largest process number of Linux
+
+
+@pytest.mark.parametrize(
+    ("outcome", "launcher", "known", "state", "reason"),
+    [
+        (None, None, {}, "missing", "never started"),
+        (("finished", ""), None, {}, "missing", "its records are gone"),
+        (("failed", "too long"), "slurm", {"7_0": "FAILED"}, "failed", "too long"),
+        (("running", ""), None, {}, "failed", "is gone"),
+        (("stopped", "interrupted"), "local", {}, "failed", "interrupted"),
+        (None, "slurm", {"7_0": "PENDING"}, "waiting", ""),
+        (None, "slurm", {"7_0": "CONFIGURING"}, "waiting", ""),
+        (None, "slurm", {"7_0": "CANCELLED"}, "failed", "cancelled before it started"),
+        (None, "slurm", {}, "missing", "does not know job 7_0 any more, and it never started"),
+        (("running", ""), "slurm", {"7_0": "RUNNING"}, "running", ""),
+        (("running", ""), "slurm", {"7_0": "SIGNALING"}, "running", ""),
+        (("running", ""), "slurm", {"7_0": "OUT_OF_MEMORY"}, "failed", "OUT_OF_MEMORY; its log ends: last words"),
+        (("running", ""), "slurm", {"7_0": "COMPLETED"}, "failed", "COMPLETED; its log ends: last words"),
+        (("running", ""), "slurm", {}, "failed", "does not know job 7_0 any more; its log ends: last words"),
+        (("stopped", "by SIGUSR2"), "slurm", {"7_0": "PENDING"}, "waiting", "by SIGUSR2; requeued"),
+        (("stopped", "by SIGTERM"), "slurm", {"7_0": "CANCELLED"}, "failed", "CANCELLED: by SIGTERM"),
+    ],
+)
+def test_the_state_of_a_job(
+    outcome: tuple[str, str] | None,
+    launcher: str | None,
+    known: dict[str, str],
+    state: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queue, "states", lambda _: known)
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["task.lines=2"]])
+    sweep.forget(0)
+    (tmp_path / "log").write_text("first\nlast words\n\r 99%\rlast words\n")
+    if outcome is not None:
+        note_outcome(sweep.job(0), Outcome(outcome[0], HERE, ENDED, 0.0, outcome[1], str(tmp_path / "nowhere")))
+    if launcher is not None:
+        sweep.note_submitted(0, Submitted(launcher, "7_0" if launcher == "slurm" else str(ENDED), "", str(tmp_path / "log")))
+    (job,) = status(sweep)
+    assert job.state == state
+    assert reason in job.reason
+    assert bool(reason) == bool(job.reason)
+
+
+def test_a_live_process_is_a_running_job(tmp_path: Path) -> None:
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["a=1"], ["a=2"]])
+    note_outcome(sweep.job(0), Outcome("running", HERE, os.getpid(), 0.0))
+    note_outcome(sweep.job(1), Outcome("running", "another-host", ENDED, 0.0))  # it can't be asked
+    assert [job.state for job in status(sweep)] == ["running", "running"]
