@@ -47,7 +47,7 @@ def wait_for_more(file: Path, than: int, process: subprocess.Popen[str]) -> None
 def test_killed_at_random_moments_many_times_the_records_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """kill -9, SIGTERM and SIGUSR2 of a real process (trap T30): identical, no sample twice, none missing, and each kill costs
     at most the batch in flight. Prints what happened: pytest -s."""
-    options = ["task._target_=slow_lines.SlowLines", "task.lines=4", "task.limit=150", "batch_size=3"]
+    options = ["task._target_=slow_lines.SlowLines", "task.lines=5", "task.limit=150", "batch_size=3"]
     whole = composed(tmp_path, "name=whole", *options[1:])
     execute(whole)
     samples, rng = tmp_path / "cut" / "samples.jsonl", random.Random(0)

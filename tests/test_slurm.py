@@ -22,7 +22,7 @@ from mikv.runner import execute
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
-TINY = ["model=tiny-random", "task.max_new_tokens=4", "task._target_=slow_lines.SlowLines", "task.limit=200", "batch_size=2"]
+TINY = ["model=tiny-random", "task.max_new_tokens=4", "task._target_=slow_lines.SlowLines", "task.limit=100", "batch_size=2"]
 SMALL = ["launcher.cpus=1", "launcher.mem_gb=4"]
 
 
@@ -117,7 +117,7 @@ def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(tmp_path: Path,
     wait(lambda: states(sweep)[2:] == ["failed", "failed"], 60)
     told = run("-m", "mikv.sweep", "status", str(sweep))
     assert re.search(r"CANCELLED: stopped by SIG\w+ after a finished batch", told), told
-    assert "200 of 200 samples can't be asked of tiny-random" in told
+    assert "100 of 100 samples can't be asked of tiny-random" in told
     cancelled = samples(sweep, 2).read_text()
     assert cancelled.endswith("\n")
 
@@ -147,7 +147,7 @@ def test_a_preempted_job_is_requeued_by_slurm_and_goes_on(tmp_path: Path) -> Non
     wait_for_end(sweep, "finished")
     assert "stopping after this batch" in log(sweep, 0)
     found = outcomes(samples(sweep, 0))
-    assert len(found) == 2 * 200
+    assert len(found) == 2 * 100
 
 
 def test_a_signalled_job_requeues_itself(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_signalled_job_requeues_itself(tmp_path: Path) -> None:
     wait_for_end(sweep, "finished")
     assert "this job is preempted" in log(sweep, 0)
     assert "going on, " in log(sweep, 0)
-    assert len(outcomes(samples(sweep, 0))) == 2 * 200
+    assert len(outcomes(samples(sweep, 0))) == 2 * 100
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_failing_job_keeps_no_other_from_running_and_a_rerun_does_what_is_miss
 
 
 def test_local_jobs_run_at_once_and_one_that_is_killed_is_found_dead(tmp_path: Path) -> None:
-    command = ["-m", "launcher=local", "task.lines=3,4", "task._target_=slow_lines.SlowLines", *TINY, "task.limit=100"]
+    command = ["-m", "launcher=local", "task.lines=4,5", "task._target_=slow_lines.SlowLines", *TINY, "task.limit=100"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     process = subprocess.Popen(
         [sys.executable, "run.py", *command, f"out={tmp_path}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
