@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
-from mikv.records import RecordError, RunFolder, write_atomically
+from mikv.records import RecordError, to_line, write_atomically
 from mikv.results import Results, ResultsError, flips, read_results
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
@@ -26,16 +26,14 @@ def keep(results: Results, folder: Path, samples: bool = True) -> None:
     """Write the small folder; what was there before is replaced."""
     environment = {name: of for name, of in results.about["environment"].items() if name not in ("system", "processors")}
     rows = {row["key"]: row for pair in flips(results) for row in pair}
-    for name in ("run.json", "samples.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    with RunFolder(folder, results.about["identity"], "") as kept:
-        if samples:
-            kept.append(list(rows.values()))
-        kept.write_summary(results.summary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
     about = {"identity": results.about["identity"], "environment": environment}
     write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    for name in ("config.yaml", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / "summary.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.summary))
+    if samples:
+        write_atomically(folder / "samples.jsonl", "".join(map(to_line, rows.values())))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ A finished key is never computed again; a killed run goes on where it stopped; a
 """
 
 from mikv.records.claim import Claim
-from mikv.records.files import VERSION, RecordError, Row, read_rows, write_atomically
+from mikv.records.files import VERSION, RecordError, Row, read_rows, to_line, write_atomically
 from mikv.records.folder import RunFolder
 
-__all__ = ["VERSION", "Claim", "RecordError", "Row", "RunFolder", "read_rows", "write_atomically"]
+__all__ = ["VERSION", "Claim", "RecordError", "Row", "RunFolder", "read_rows", "to_line", "write_atomically"]
