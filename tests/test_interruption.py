@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_runner import TINY, assert_same, composed, outcomes, rows
+from test_runner import TINY, composed, outcomes, rows
 
 from mikv.records import RunFolder
 from mikv.runner import execute
@@ -46,8 +46,9 @@ def wait_for_more(file: Path, than: int, process: subprocess.Popen[str]) -> None
 
 def test_killed_at_random_moments_many_times_the_records_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """kill -9, SIGTERM and SIGUSR2 of a real process (trap T30): identical, no sample twice, none missing, and each kill costs
-    at most the batch in flight. Prints what happened: pytest -s."""
-    options = ["task._target_=slow_lines.SlowLines", "task.lines=5", "task.limit=150", "batch_size=3"]
+    at most the batch in flight. Prints what happened: pytest -s. A prompt at a time: in other company (what a kill leaves of a
+    batch) the last digits of fidelity move."""
+    options = ["task._target_=slow_lines.SlowLines", "task.lines=5", "task.limit=100", "batch_size=1"]
     whole = composed(tmp_path, "name=whole", *options[1:])
     execute(whole)
     samples, rng = tmp_path / "cut" / "samples.jsonl", random.Random(0)
@@ -71,16 +72,16 @@ def test_killed_at_random_moments_many_times_the_records_are_those_of_an_uninter
         if "after a finished batch" in output:
             stops += 1
             assert process.returncode == 128 + number, output
-            assert (survived - before) % (2 * 3) == 0, "a batch of three prompts and two policies is there or not"
-        print(f"{kill + 1:>2}. {number.name:<8} after {survived - before:>3} new lines; {survived:>3} of 300 are there")
+            assert (survived - before) % 2 == 0, "a sample's two policies are there or not"
+        print(f"{kill + 1:>2}. {number.name:<8} after {survived - before:>3} new lines; {survived:>3} of 200 are there")
     assert stops >= 3
-    assert 0 < survived < 300
+    assert 0 < survived < 200
     process = started(tmp_path, "cut", *options)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert re.search(r"going on, \d+ of 150 samples are done", output), output
-    assert len(rows(samples)) == 300
-    assert_same(outcomes(tmp_path / "whole" / "samples.jsonl"), outcomes(samples))
+    assert re.search(r"going on, \d+ of 100 samples are done", output), output
+    assert len(rows(samples)) == 200
+    assert outcomes(samples) == outcomes(tmp_path / "whole" / "samples.jsonl")
     assert rows(tmp_path / "cut" / "summary.jsonl")[1]["value"] == rows(tmp_path / "whole" / "summary.jsonl")[1]["value"]
 
 

@@ -22,7 +22,7 @@ from mikv.runner import execute
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
-TINY = ["model=tiny-random", "task.max_new_tokens=4", "task._target_=slow_lines.SlowLines", "task.limit=100", "batch_size=2"]
+TINY = ["model=tiny-random", "task.max_new_tokens=4", "task._target_=slow_lines.SlowLines", "task.limit=100", "batch_size=1"]
 SMALL = ["launcher.cpus=1", "launcher.mem_gb=4"]
 
 
