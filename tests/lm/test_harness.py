@@ -140,7 +140,7 @@ def test_answers_that_run_into_the_limit_are_flagged(
     task = harness(own, "own_answer", gen_kwargs={"until": [], "max_gen_toks": 3})
     summary = execute(run(task, tmp_path))
     assert all(row["unended"] >= 6 for row in summary)
-    assert "answers ran into the limit of new tokens" in capsys.readouterr().out
+    assert "7 answers each, so many ran into the limit of new tokens" in capsys.readouterr().out
 
 
 def test_a_context_of_one_token_exercises_nothing_and_fails(own: tuple[Path, Path], tmp_path: Path) -> None:
