@@ -9,7 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
-RUNS=(recall-linerecall recall-table1 recall-table2 recall-table3 recall-ablations 135m-fidelity)
+RUNS=(recall-linerecall recall-table1 recall-table2)       # kept with their flipped samples
+SMALL=(recall-table3 recall-ablations 135m-fidelity)       # kept as summaries: all is to stay below 2 MB
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -37,4 +38,4 @@ if [ -n "${DATA:-}" ]; then
 fi
 "$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
-"$PYTHON" scripts/keep_results.py --summaries "${RISKS[@]/#/results/runs/}"
+"$PYTHON" scripts/keep_results.py --summaries "${SMALL[@]/#/results/runs/}" "${RISKS[@]/#/results/runs/}"

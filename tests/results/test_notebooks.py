@@ -87,7 +87,7 @@ def test_committed_results_are_small_and_readable() -> None:
             label: sum(mine["label"] == label and mine["score"] < twin["score"] for twin, mine in pairs) for label in labels
         }
         assert lost == {point["label"]: point["lost"] for point in results.summary[1:]}
-    assert sum(file.stat().st_size for file in (RESULTS / "reference").rglob("*")) < 5_000_000
+    assert sum(file.stat().st_size for file in (RESULTS / "reference").rglob("*")) < 2_000_000
 
 
 def test_a_frame_has_a_row_per_policy_and_measure(tmp_path: Path) -> None:
