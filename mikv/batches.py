@@ -197,8 +197,8 @@ def _fitting(
         if len(batch.prompts) == 1:
             raise OutOfMemory(
                 f"out of memory with a single prompt of {batch.prompts[0].prompt.tokens} tokens and {len(panel)} policies. "
-                "Finished samples are kept. Ways out: a smaller panel, reader=packed (no dense working copy), "
-                "fidelity=false, shorter prompts, a larger machine."
+                "Finished samples are kept. Ways out: a smaller panel, reader=packed or kernel (no dense "
+                "working copy), fidelity=false, shorter prompts, a larger machine."
             ) from error
     if responses is not None:
         yield batch, responses

@@ -23,6 +23,7 @@ def explained() -> Iterator[None]:
     A signal or Ctrl-C: 128 and its number, as shells have it.
     """
     from mikv.batches import OutOfMemory
+    from mikv.kernels.verify import KernelsDisagree
     from mikv.models.architecture import Unsupported
     from mikv.models.load import ModelUnavailable
     from mikv.records import RecordError
@@ -31,8 +32,10 @@ def explained() -> Iterator[None]:
     from mikv.stopping import Stopped
     from mikv.tasks.data import DataUnavailable
 
-    known = (ValueError, FileNotFoundError, DataUnavailable, ModelUnavailable, OutOfMemory, RecordError, ResultsError, RunError,
-             Unsupported)  # fmt: skip
+    known = (
+        *(ValueError, FileNotFoundError, DataUnavailable, KernelsDisagree, ModelUnavailable, OutOfMemory, RecordError),
+        *(ResultsError, RunError, Unsupported),
+    )
     try:
         yield
     except known as error:

@@ -69,6 +69,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         batch_size=config.batch_size,
         seed=config.seed,
         reader=config.reader,
+        attention=config.attention,
         fidelity=config.fidelity,
         name=config.name,
         out=Path(config.out),

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mikv.cache.compressed import READERS as READERS  # what `Engine.reader` may be
 from mikv.cache.compressed import CompressedCache, Usage, Workspace
 from mikv.cache.prefill import PrefillCache, PrefillState
+from mikv.cache.reading import Reading, decide
 from mikv.decoding import Decoding, choose, penalized
 from mikv.importance.base import Observer
 from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
@@ -142,13 +142,14 @@ class Engine:
         model: the causal LM.
         end_tokens: ids that end an answer.
         pad_token: id for padding; never attended.
-        reader: see mikv.cache.compressed.
+        reader, attention: how compressed caches are read, see mikv.cache.reading.
     """
 
     model: Any
     end_tokens: Collection[int]
     pad_token: int = 0
-    reader: str = "working"
+    reader: str | None = None
+    attention: str | None = None
     seconds: Seconds = field(default_factory=Seconds)
 
     def __post_init__(self) -> None:
@@ -156,6 +157,15 @@ class Engine:
         self._devices = layer_devices(self.model)
         self._workspace = Workspace()
         self._prefix: tuple[tuple[tuple[int, ...], frozenset[Observer]], PrefillState] | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How compressed caches are read.
+
+        Raises:
+            ValueError: what is asked for can't be done with this model.
+        """
+        return decide(self.reader, self.attention, self.model.device, self.model.dtype, lambda: self.geometry.head_dim)
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = (), shared: int = 0) -> PrefillState:
@@ -199,7 +209,7 @@ class Engine:
         workspace: Workspace | None = None,
     ) -> CompressedCache:
         """Every policy's compressed cache of a prefill. The state is not changed."""
-        return CompressedCache(state, panel, prompt_lengths, self.reader, rope_inv_freq(self.model), workspace)
+        return CompressedCache(state, panel, prompt_lengths, self.reading, rope_inv_freq(self.model), workspace)
 
     @torch.inference_mode()
     def generate(

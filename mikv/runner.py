@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mikv.batches import Request, Response, serve
-from mikv.engine import READERS, Engine
+from mikv.cache.reading import Reading, decide
+from mikv.engine import Engine
 from mikv.fingerprint import fingerprint
+from mikv.kernels.verify import verify
 from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load, load_geometry
@@ -44,7 +46,7 @@ class Run:
         question: visible or hidden, see mikv.engine.
         batch_size: prompts at a time; each brings a row per policy. Changes speed and memory, not answers.
         seed: of the samples.
-        reader: how the compressed cache is read, see mikv.cache.compressed.
+        reader, attention: how the compressed cache is read, see mikv.cache.reading; None = as it suits the device.
         fidelity: feed the full twin's own answers through each policy's cache (scored continuations always are).
         name: folder name; None = made from model, task, panel and the hash of what is asked.
         out: folder of all runs.
@@ -59,7 +61,8 @@ class Run:
     question: str = "visible"
     batch_size: int = 4
     seed: int = 0
-    reader: str = "working"
+    reader: str | None = None
+    attention: str | None = None
     fidelity: bool = True
     name: str | None = None
     out: Path = Path("results/runs")
@@ -68,7 +71,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_choice("protocol.question", self.question, QUESTION)
-        check_choice("reader", self.reader, READERS)
+        _ = self.reading
         for name, value in (("task.limit", self.limit), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: at least 1")
@@ -78,8 +81,13 @@ class Run:
             raise ValueError(f"the panel has {', '.join(twice)} more than once; each row must differ in something")
 
     @cached_property
+    def reading(self) -> Reading:
+        device, dtype = self.model.resolve_device(), self.model.resolve_dtype()
+        return decide(self.reader, self.attention, device, dtype, lambda: load_geometry(self.model).head_dim)
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What changes an outcome, besides policy and sample. Not: limit, batch size, reader, paths.
+        """What changes an outcome, besides policy and sample. Not: limit, batch size, paths, nor a reader that does the same.
 
         Computed once: weights in a local folder are read for their fingerprint.
         """
@@ -90,7 +98,7 @@ class Run:
                 "dtype": str(self.model.resolve_dtype()).removeprefix("torch."),
             },
             "task": task_identity(self.task),
-            "protocol": {"question": self.question, "fidelity": self.fidelity},
+            "protocol": {"question": self.question, "fidelity": self.fidelity, **self.reading.protocol},
             "seed": self.seed,
         }
 
@@ -181,7 +189,9 @@ def _answer(
     for tier in (tier for policy in run.panel for tier in policy.tiers):
         tier.group_size(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
     loaded = load(run.model)
-    engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader)
+    if run.reading.attention == "triton":
+        _verify_kernels(run, loaded)
+    engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader, run.attention)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
     stopping.heed()  # loading takes minutes
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
@@ -198,6 +208,15 @@ def _answer(
                 records.append(rows)
                 done.update((row["key"], row) for row in rows)
                 progress.update()
+
+
+def _verify_kernels(run: Run, loaded: Loaded) -> None:
+    """Refuse a machine on which the kernels that this run needs are wrong."""
+    shape = geometry(loaded.model.config)
+    tiers = {(tier.k, tier.v) for policy in run.panel for tier in policy.tiers if not tier.evicted}
+    verify(
+        sorted(tiers | {(16, 16)}), shape.query_heads, shape.kv_heads, shape.head_dim, loaded.model.dtype, loaded.model.device
+    )
 
 
 def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict[Unit, Encoded]:
@@ -271,7 +290,7 @@ def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded,
         "nbytes": dict(nbytes),
         "full_nbytes": sum(response.usage.full_nbytes for response in responses),
         "head_dim": geometry(loaded.model.config).head_dim,
-        "reader": run.reader,
+        "reader": run.reading.reader,
     }
 
 

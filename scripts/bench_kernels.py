@@ -43,8 +43,6 @@ CACHES: dict[str, list[tuple[float, int, int]]] = {
     "20% 8, 2": [(0.2, 8, 8), (0.8, 2, 2)],
 }
 MODELS = {"Llama-2-7B": (32, 32, 128), "Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64), "SmolLM2-1.7B": (32, 32, 64)}
-# Largest difference to the reference over the largest value: probabilities and queries have 11 bits on the way.
-TOLERANCE = 2e-3
 ROUNDS = 15
 Row = dict[str, Any]
 
@@ -84,6 +82,7 @@ def correct(device: torch.device, lengths: Sequence[int]) -> bool:
     """Every kernel against its reference; prints what was compared."""
     from mikv.kernels import pick
     from mikv.kernels.encode_reference import parts_of
+    from mikv.kernels.verify import MASS_TOLERANCE, TOLERANCE, decode_errors, random_segment
 
     fine = True
 
@@ -97,14 +96,13 @@ def correct(device: torch.device, lengths: Sequence[int]) -> bool:
         group = query_heads // heads
         heads = min(heads, 2)
         query = torch.randn((2, group * heads, dim), generator=generator, device=device).half()
-        worst = 0.0
+        errors = []
         for parts in CACHES.values():
             segments = [random_segment(2, heads, math.ceil(s * tokens), dim, k, v, device, generator) for s, k, v in parts]
-            one, other = (pick.decode_attention(query, segments, dim**-0.5, which) for which in ("triton", "reference"))
-            worst = max(worst, float((one.out - other.out).abs().max() / 4))  # random values lie within 4
-            for mine, theirs in zip(one.mass, other.mass, strict=True):
-                worst = max(worst, 0.0 if mine is None or theirs is None else float((mine - theirs).abs().max() / group))
-        report(f"decode attention, {name}, {tokens} tokens, {len(CACHES)} caches", worst, TOLERANCE)
+            errors.append(decode_errors(query, segments))
+        out, mass = map(max, zip(*errors, strict=True))
+        report(f"decode attention, {name}, {tokens} tokens, {len(CACHES)} caches", out, TOLERANCE[query.dtype])
+        report(f"attention mass, {name}, {tokens} tokens", mass, MASS_TOLERANCE)
         key = torch.randn((2, heads, tokens, dim), generator=generator, device=device).half()
         queries = torch.randn((2, group * heads, tokens, dim), generator=generator, device=device).half()
         sums = [pick.column_sums(queries, key, None, dim**-0.5, None, which) for which in ("triton", "reference")]
@@ -117,26 +115,6 @@ def correct(device: torch.device, lengths: Sequence[int]) -> bool:
             share = unequal / sum(part.numel() for part in made[0])
             report(f"pack at {bits} bits, {name}, {tokens} tokens: share unequal", share, 0.0 if device.type == "cpu" else 1e-3)
     return fine
-
-
-def random_segment(
-    rows: int, heads: int, slots: int, dim: int, key_bits: int, value_bits: int, device: torch.device, generator: Any = None
-) -> Any:
-    """A tier full of random codes: for its kernel as good as a real one, and made in no time."""
-    from mikv.kernels.segments import Segment, Vectors
-
-    def vectors(bits: int) -> Vectors:
-        shape = (rows, heads, slots)
-        if bits == 16:
-            return Vectors(16, torch.randn((*shape, dim), generator=generator, device=device, dtype=torch.float16).clamp(-4, 4))
-        width, dtype, low, high = (dim, torch.uint8, 0, 256) if bits == 8 else (dim * bits // 16, torch.int16, -(2**15), 2**15)
-        codes = torch.randint(low, high, (*shape, width), generator=generator, device=device, dtype=dtype)
-        zero = -2 * torch.rand((*shape, 2), generator=generator, device=device) - 1
-        scale = -2 * zero / (2**bits - 1)
-        return Vectors(bits, codes, scale.half(), zero.half())
-
-    stop = torch.full((rows,), slots, dtype=torch.int32, device=device)
-    return Segment(vectors(key_bits), vectors(value_bits), stop, wants_mass=key_bits == 16)
 
 
 def held_bytes(segments: Sequence[Any]) -> int:
@@ -216,6 +194,7 @@ def decode_rows(
 def decode_row(query: Tensor, heads: int, tokens: int, parts: Sequence[tuple[float, int, int]]) -> Row | None:
     """Time of one cache, and the bytes it holds; None = it does not fit."""
     from mikv.kernels import pick
+    from mikv.kernels.verify import random_segment
 
     batch, _, dim = query.shape
     number = copies(int(sum(batch * heads * share * tokens * dim * (k + v) / 8 for share, k, v in parts)), query.device)
@@ -306,7 +285,6 @@ def end_to_end(
     from transformers import AutoModelForCausalLM
 
     from mikv.attention.install import install
-    from mikv.cache.kernel_read import read_in_place
     from mikv.engine import Engine
     from mikv.importance.scores import ColumnSums
     from mikv.mikv import mikv
@@ -316,7 +294,7 @@ def end_to_end(
     install()
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="mikv").eval()
-    engine = Engine(model, frozenset(), 0, "packed")
+    engine = Engine(model, frozenset(), 0, "kernel", "triton")
     full = Policy(name="full", label="full", tiers=(Tier(16),))
     rows: list[Row] = []
     print("\nend to end, random weights: decode steps after a prompt")
@@ -326,7 +304,6 @@ def end_to_end(
             state = engine.prefill(prompts, {ColumnSums()})
             cache = engine.compress(state, [policy])
             del state
-            read_in_place(cache, "triton")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -9,7 +9,7 @@ A random Llama of two layers in the shape of SmolLM2-135M's (9 query heads, 3 KV
    It must grow linearly: twice the tokens, twice the memory (a T x T matrix would take four times as much).
 2. *The packed cache* of the longest prompt: what the process gives back when it is deleted, beside what nbytes() says.
 3. *A decode step* over packed tiers beside one over the 16-bit cache as a dense copy, the same model: unpacked at each step
-   (reader=packed, as the engine does it) and read where it lies (mikv/cache/kernel_read.py). Medians, alternating.
+   (reader=packed) and read where it lies (reader=kernel). Medians, alternating.
 
 Exits with 1 if memory grows by more than 2.3 per doubling, if nbytes() is off by more than 10 %, or if a step that reads the
 packed cache where it lies takes more than three times one over the 16-bit cache. Linux only: it reads /proc.
@@ -36,7 +36,6 @@ import torch
 
 from mikv.attention.install import install
 from mikv.cache.compressed import CompressedCache
-from mikv.cache.kernel_read import read_in_place
 from mikv.cache.prefill import PrefillState
 from mikv.engine import Engine
 from mikv.importance.scores import ColumnSums
@@ -137,11 +136,9 @@ def steps(tokens: int, rounds: int) -> float:
     state = prefilled(engine, tokens)
     caches: dict[tuple[str, str], CompressedCache] = {}
     for policy in (FULL, *PANEL):
-        for way, reader in (("dense copy", "working"), ("unpacked each step", "packed"), ("read where it lies", "packed")):
+        for way, reader in (("dense copy", "working"), ("unpacked each step", "packed"), ("read where it lies", "kernel")):
             engine.reader = reader
             caches[policy.label, way] = engine.compress(state, [policy])
-            if way == "read where it lies":
-                read_in_place(caches[policy.label, way])
     del state
     times: dict[tuple[str, str], list[float]] = {key: [] for key in caches}
     for step in range(rounds):

@@ -47,9 +47,9 @@ def model(architecture: str = "llama", dtype: torch.dtype = torch.float32, atten
     return tiny_model(tiny_config(architecture, **shape), dtype, attention=attention)
 
 
-def engine(reader: str = "working", **options: Any) -> Engine:
+def engine(reader: str = "working", kernels: str | None = None, **options: Any) -> Engine:
     """An engine that never ends an answer by itself, so that tests decide how far it decodes."""
-    return Engine(model(**options), NO_END, 257, reader)
+    return Engine(model(**options), NO_END, 257, reader, kernels)
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:

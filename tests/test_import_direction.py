@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mikv.cache",
         "mikv.models",
     ),
+    "mikv.cache.reading": ("mikv.kernels", "mikv.policy"),
     "mikv.inside": ("mikv.batches", "mikv.engine", "mikv.cache", "mikv.models", "mikv.policy"),
     "mikv.batches": ("mikv.engine", "mikv.decoding", "mikv.policy"),
     "mikv.tasks": ("mikv.tasks",),
@@ -66,10 +67,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.table": (),
     "mikv.runner": (
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
+        *("mikv.cache.reading", "mikv.kernels.verify"),
         *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.stopping", "mikv.plots", "mikv.table"),
     ),
     "mikv.cli": (
-        *("mikv.batches", "mikv.models", "mikv.records", "mikv.results", "mikv.runner"),
+        *("mikv.batches", "mikv.kernels.verify", "mikv.models", "mikv.records", "mikv.results", "mikv.runner"),
         *("mikv.stopping", "mikv.tasks"),
     ),
     "mikv.config": ("mikv.tracking", "mikv.runner", "mikv.policy", "mikv.types", "mikv.models", "mikv.cache.fit"),

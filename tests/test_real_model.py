@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,32 @@ def test_the_first_digit_already_comes_from_the_compressed_cache(tmp_path: Path)
     }
     assert all(first["full"])
     assert sum(first["streaming_llm"]) <= 3
+
+
+def test_kernels_answer_from_a_real_cache_as_the_dense_copy_does(tmp_path: Path) -> None:
+    entries = "[{policy: full}, {policy: streaming_llm, keep: 0.5}, {policy: mikv, low.bits: 4}]"
+    options = ("panel=demo", f"panel.entries={entries}", "task.limit=2", "task.max_new_tokens=10", f"out={tmp_path}")
+    dense, read = (execute(compose(*options, f"reader={reader}", f"name={reader}")) for reader in ("working", "kernel"))
+    assert [row["nbytes"] for row in dense] == [row["nbytes"] for row in read]
+    for mine, other in zip(dense, read, strict=True):
+        assert mine["value"] == other["value"]
+        assert mine["kl"] == pytest.approx(other["kl"], abs=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton exists for Linux only")
+def test_a_run_that_needs_kernels_which_are_wrong_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mikv.kernels import decode_launch
+    from mikv.kernels.segments import Attention
+    from mikv.kernels.verify import KernelsDisagree
+
+    right = decode_launch.decode_attention
+
+    def wrong(*arguments: Any) -> Attention:
+        answer = right(*arguments)
+        return Attention(answer.out * 1.05, answer.mass)
+
+    monkeypatch.setattr(decode_launch, "decode_attention", wrong)
+    run = compose("policy=mikv", "attention=triton", "model.dtype=bfloat16", "task.limit=1", f"out={tmp_path}")
+    with pytest.raises(KernelsDisagree, match="attention=reference"):
+        execute(run)
+    assert not (run.folder() / "samples.jsonl").exists()

@@ -96,6 +96,19 @@ def test_a_larger_limit_and_another_panel_go_on_in_a_named_folder(tmp_path: Path
     assert_same(before, {key: after[key] for key in before})
 
 
+def test_kernels_answer_a_run_and_are_in_its_key(tmp_path: Path) -> None:
+    """Rounded otherwise, so records of their own; a trained model's answers are the same, a random one's nearly."""
+    one, two, three = (composed(tmp_path, *options) for options in ([], ["reader=kernel"], ["attention=reference"]))
+    assert len({run.key(run.panel[1], Unit(0)) for run in (one, two, three)}) == 3
+    assert [run.identity["protocol"].get("attention") for run in (one, two, three)] == [None, "cpu", "reference"]
+    first, second = execute(one), execute(two)
+    assert [row["label"] for row in first] == [row["label"] for row in second]
+    for a, b in zip(first, second, strict=True):
+        assert abs(a["kl"] - b["kl"]) < 1e-3
+        assert a["nbytes"] == b["nbytes"]
+    assert {row["reader"] for row in rows(two.folder() / "samples.jsonl")} == {"kernel"}
+
+
 @pytest.mark.parametrize("options", ["batch_size=1", "batch_size=3", "reader=packed", "panel=demo"])
 def test_batch_reader_and_panel_change_no_outcome(tmp_path: Path, options: str) -> None:
     execute(composed(tmp_path, "name=a"))
@@ -221,7 +234,10 @@ def test_a_file_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
         (["task.limit=0"], "task.limit=0"),
         (["batch_size=0"], "batch_size=0"),
         (["protocol.question=maybe"], "visible or hidden"),
-        (["reader=fast"], "working or packed"),
+        (["reader=fast"], "working or packed or kernel"),
+        (["attention=flash"], "reference or triton"),
+        (["attention=triton"], "model.dtype=bfloat16 or attention=reference"),
+        (["attention=reference", "reader=packed"], "reader=packed uses none; choose reader=kernel"),
         (["panel=demo", "panel.entries=[{policy: mikvv}]"], r"no policy 'mikvv' \(did you mean mikv\?\)"),
         (["panel=demo", "panel.entries=[{policy: mikv, kep: 0.1}]"], r"no option 'kep' \(did you mean keep\?\)"),
         (["panel=demo", "panel.entries=[{policy: mikv}, {policy: mikv}]"], "more than once"),

@@ -5,8 +5,10 @@ The packed stores are the truth: what they hold is what is counted and what is r
     working   a dense copy stands beside the store; each token is dequantized once, when it enters its tier. On a CPU
               unpacking every code at every step costs more than it saves. It costs memory: use it to evaluate.
     packed    the store is unpacked for every layer at every step, nothing dense is kept.
+    kernel    mikv.kernels reads the packed tiers where they lie. The least memory, and on a GPU the fastest.
 
-Both give the same answers bit for bit, because the same attention runs on the same numbers in the same places.
+The first two give the same answers bit for bit, because the same attention runs on the same numbers in the same places; the
+kernels add up in another order, and Triton's round queries and probabilities to 16 bits.
 A pair is exact in the step that computes it, as in prefill; the store has it from then on.
 """
 
@@ -21,12 +23,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mikv.attention.reference import decode_attention
+from mikv.cache import kernel_read
 from mikv.cache.policy_store import Change, PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
-from mikv.policy import Policy, check_choice
+from mikv.cache.reading import Reading
+from mikv.cache.reindex import Reindex, gone_after_columns
+from mikv.policy import Policy
 from mikv.types import at, layer_chunks
 
-READERS = ("working", "packed")
 # Columns are added in steps of this many when a decode runs on.
 _GROW = 64
 
@@ -71,7 +75,7 @@ class CompressedCache(Cache):
         state: the prefill of the B prompts; may be empty (no real token in any row).
         panel: the P policies.
         prompt_lengths: int64 [B]: lengths that budgets of kind `fixed` are shares of; None = the prefill's.
-        reader: see above.
+        reading: see above.
         inv_freq: RoPE's inverse frequencies [D / 2], for policies with contiguous positions; None = they aren't fixed.
         workspace: memory for the working copy; None = fresh memory.
     """
@@ -81,11 +85,10 @@ class CompressedCache(Cache):
         state: PrefillState,
         panel: Sequence[Policy],
         prompt_lengths: Tensor | None = None,
-        reader: str = "working",
+        reading: Reading = Reading(),
         inv_freq: Tensor | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        check_choice("reader", reader, READERS)
         self._geometry = state.geometry
         prompt_lengths = state.lengths.tokens if prompt_lengths is None else prompt_lengths
         if inv_freq is None and any(policy.positions == "contiguous" for policy in panel):
@@ -97,7 +100,7 @@ class CompressedCache(Cache):
         super().__init__(layers=[])
         self._hold(
             [
-                _Bank(state, bank, panel, prompt_lengths, reader, inv_freq, workspace.of_bank(i))
+                _Bank(state, bank, panel, prompt_lengths, reading, inv_freq, workspace.of_bank(i))
                 for i, bank in enumerate(state.banks)
             ]
         )
@@ -172,22 +175,23 @@ class _Bank:
         bank: PrefillBank,
         panel: Sequence[Policy],
         prompt_lengths: Tensor,
-        reader: str,
+        reading: Reading,
         inv_freq: Tensor | None,
         workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
-        self.stores = [PolicyStore(policy, state, bank, prompt_lengths) for policy in panel]
+        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.packing) for policy in panel]
         self.columns = state.lengths.width
         self.padding = state.lengths.padding.repeat(len(panel))  # int64 [R]
         layers, _, heads, _, dim = bank.keys.shape
         self.keys = bank.keys.new_zeros((layers, len(self.padding), heads, dim))  # of the step that is under way
         self.values = torch.zeros_like(self.keys)
         self.mass: list[Tensor] = []
-        self._reindex = None if inv_freq is None else _Reindex(inv_freq)
+        self._reindex = None if inv_freq is None else Reindex(inv_freq)
+        self._reading = reading
         self._workspace = workspace
         self.working: _Dense | None = None
-        if reader == "working":
+        if reading.reader == "working":
             self.working = self._dense(layers)
             for chunk in layer_chunks(bank.keys.shape):
                 self._fill(self.working, chunk, chunk)
@@ -202,6 +206,18 @@ class _Bank:
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """One decode step of one layer; the new pair is in self.keys / self.values."""
+        read = self._attend_in_place if self._reading.reader == "kernel" else self._attend_dense
+        out, mass = read(layer, query, scaling)
+        self.mass.append(mass)
+        return out
+
+    def _attend_in_place(self, layer: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        newest, columns = (self.keys[layer], self.values[layer]), self.columns + 1
+        return kernel_read.attend(
+            self.stores, layer, query, *newest, scaling, self.padding, columns, self._reading.attention, self._reindex
+        )
+
+    def _attend_dense(self, layer: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         if self.working is None:
             dense, index = self._dense(1), 0
             self._fill(dense, slice(layer, layer + 1), slice(None))
@@ -213,10 +229,9 @@ class _Bank:
         for store, rows in self.rows():
             if store.policy.positions == "contiguous":
                 assert self._reindex is not None
-                replace.append((rows, self._reindex(keys[rows], present[rows], self.padding[rows])))
-        out, mass = decode_attention(query, keys, values, present, scaling, replace)
-        self.mass.append(mass)
-        return out
+                gone = gone_after_columns(present[rows], self.padding[rows])
+                replace.append((rows, self._reindex(keys[rows], gone, self.columns)))
+        return decode_attention(query, keys, values, present, scaling, replace)
 
     def end_step(self, active: Tensor) -> None:
         mass = torch.stack(self.mass)
@@ -329,31 +344,6 @@ class _Dense:
 
 def _extend(x: Tensor, more: int) -> Tensor:
     return torch.cat((x, x.new_zeros((*x.shape[:3], more, *x.shape[4:]))), dim=3)
-
-
-class _Reindex:
-    """Positions inside the cache, for the policies that want them.
-
-    With n tokens evicted after a key, a re-indexed cache shows it n places nearer to the query than its own position
-    says. Rotating the stored key (RoPE already applied) by n more places does just that, and only relative places matter.
-    """
-
-    def __init__(self, inv_freq: Tensor) -> None:
-        self._inv_freq = inv_freq.float()
-        self._cos = self._sin = inv_freq.new_zeros((0, len(inv_freq)), dtype=torch.float32)
-
-    def __call__(self, keys: Tensor, present: Tensor, padding: Tensor) -> Tensor:
-        """keys [B, H, S, D], present bool [B, H, S], padding int64 [B] -> rotated keys."""
-        columns = torch.arange(keys.shape[2], device=keys.device)
-        real = (columns >= padding.to(keys.device)[:, None])[:, None]
-        if len(self._cos) <= len(columns):
-            angles = torch.arange(2 * len(columns), device=keys.device)[:, None] * self._inv_freq.to(keys.device)
-            self._cos, self._sin = angles.cos(), angles.sin()
-        gone = (real & ~present).long()
-        gone_after = gone.sum(-1, keepdim=True) - gone.cumsum(-1)
-        cos, sin = self._cos[gone_after], self._sin[gone_after]
-        left, right = keys.float().chunk(2, dim=-1)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(keys.dtype)
 
 
 class _CompressedLayer(CacheLayerMixin):

@@ -12,6 +12,7 @@ import torch
 
 from mikv.cache.compressed import CompressedCache
 from mikv.cache.prefill import PrefillBank, PrefillState
+from mikv.cache.reading import Reading
 from mikv.policy import Policy
 from mikv.types import Geometry, Lengths
 
@@ -35,7 +36,7 @@ def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
     )
     lengths = Lengths(torch.tensor([tokens]), tokens)
     state = PrefillState((bank,), lengths, torch.zeros(1, dtype=torch.long), Geometry(1, 1, 1, head_dim), torch.bfloat16)
-    (usage,) = CompressedCache(state, [policy], reader="packed", inv_freq=torch.ones(head_dim // 2)).usage()
+    (usage,) = CompressedCache(state, [policy], reading=Reading("packed"), inv_freq=torch.ones(head_dim // 2)).usage()
     return sum(usage.nbytes.values()) / usage.full_nbytes
 
 

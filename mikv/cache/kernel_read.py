@@ -1,15 +1,17 @@
-"""A decode step's attention by the kernels: the packed tiers are read where they lie, nothing dense is made."""
+"""A decode step's attention by the kernels: the packed tiers are read where they lie, nothing dense is made.
+
+Where a policy re-indexes positions its keys must be rotated anew at each step: those alone are unpacked, layer by layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mikv.cache.compressed import CompressedCache
 from mikv.cache.policy_store import PolicyStore
+from mikv.cache.reindex import Reindex, gone_after_slots
 from mikv.cache.tier_store import TierStore
 from mikv.kernels import pick
 from mikv.kernels.segments import Segment, Vectors
@@ -25,16 +27,17 @@ def attend(
     padding: Tensor,
     columns: int,
     implementation: str | None = None,
+    reindex: Reindex | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one layer, store by store, over its tiers and the pair of the step that is under way.
 
     Args:
-        stores: whose rows follow each other in `query`. Their positions are the tokens' own (policies with contiguous
-            positions need keys that were rotated anew: not here).
+        stores: whose rows follow each other in `query`.
         query: [R, Hq, 1, D].
         keys, values: [R, H, D], the newest pair, exact.
         padding: int64 [R], column = position + padding; columns: of the cache, with the newest.
         implementation: see mikv.kernels.pick.
+        reindex: needed where a policy has contiguous positions.
 
     Returns:
         The output [R, 1, Hq, D], and the attention mass of each column, float32 [R, H, columns]: 0 where nothing is held,
@@ -48,6 +51,9 @@ def attend(
         rows = slice(start, start + len(store.seen))
         start = rows.stop
         segments = [tier_segment(tier, layer) for tier in store.tiers]
+        if store.policy.positions == "contiguous":
+            assert reindex is not None
+            segments = _rotated(store, layer, segments, columns, query.dtype, reindex)
         segments.append(_newest(keys[rows], values[rows], store.policy.importance is not None))
         attention = pick.decode_attention(query[rows].squeeze(2), segments, scaling, implementation)
         outs.append(attention.out)
@@ -59,28 +65,6 @@ def attend(
         if attention.mass[-1] is not None:
             mass[rows, :, -1] = attention.mass[-1][..., 0]
     return torch.cat(outs).unsqueeze(1), mass
-
-
-def read_in_place(cache: CompressedCache, implementation: str | None = None) -> None:
-    """Make a cache (reader=packed) attend by the kernels, for the benchmarks, until it picks by itself.
-
-    Raises:
-        ValueError: a policy re-indexes positions: its keys must be rotated anew at each step, which the kernels don't.
-    """
-
-    def reader_of(bank: Any) -> Callable[[int, Tensor, float], Tensor]:
-        def read(layer: int, query: Tensor, scaling: float) -> Tensor:
-            keys, values, columns = bank.keys[layer], bank.values[layer], bank.columns + 1
-            out, mass = attend(bank.stores, layer, query, keys, values, scaling, bank.padding, columns, implementation)
-            bank.mass.append(mass)
-            return out
-
-        return read
-
-    for bank in cache.banks:
-        if any(store.policy.positions == "contiguous" for store in bank.stores):
-            raise ValueError("policies with contiguous positions can't be read in place; use positions=original")
-        bank.attend = reader_of(bank)  # type: ignore[method-assign, assignment]
 
 
 def tier_segment(tier: TierStore, layer: int) -> Segment:
@@ -95,6 +79,21 @@ def _vectors(tier: TierStore, name: str, bits: int, layer: int) -> Vectors:
     if bits == 16:
         return Vectors(16, tier.parts[f"{name}.raw"][layer])
     return Vectors(bits, *(tier.parts[f"{name}.{part}"][layer] for part in ("codes", "scale", "zero")))
+
+
+def _rotated(
+    store: PolicyStore, layer: int, segments: Sequence[Segment], columns: int, dtype: torch.dtype, reindex: Reindex
+) -> list[Segment]:
+    """The same segments with keys that are unpacked and stand where a re-indexed cache shows them."""
+    here = slice(layer, layer + 1)
+    slots = [tier.slots for tier in store.tiers]
+    positions = torch.cat([tier.positions()[layer] for tier in store.tiers], dim=2)
+    used = torch.cat([tier.used() for tier in store.tiers], dim=1)
+    gone = gone_after_slots(positions, used, store.seen).split(slots, dim=2)
+    return [
+        segment._replace(keys=Vectors(16, reindex(tier.read(here)[0][0].to(dtype), missing, columns)), balancer=None)
+        for segment, tier, missing in zip(segments, store.tiers, gone, strict=True)
+    ]
 
 
 def _newest(keys: Tensor, values: Tensor, wants_mass: bool) -> Segment:

@@ -54,10 +54,14 @@ class PolicyStore:
         state: the prefill; not changed.
         bank: which of its banks.
         prompt_lengths: int64 [B], the length that budgets of kind `fixed` are shares of.
+        packing: who quantizes and packs, see mikv.kernels.pick.
     """
 
-    def __init__(self, policy: Policy, state: PrefillState, bank: PrefillBank, prompt_lengths: Tensor) -> None:
+    def __init__(
+        self, policy: Policy, state: PrefillState, bank: PrefillBank, prompt_lengths: Tensor, packing: str = "reference"
+    ) -> None:
         self.policy = policy
+        self._packing = packing
         self._layers, self._rows = bank.layers, state.rows.to(bank.layers.device)
         self._heads = state.geometry.kv_heads
         self._prompt_lengths = prompt_lengths
@@ -112,6 +116,7 @@ class PolicyStore:
             dtype,
             with_positions=len(self.policy.tiers) > 1,
             with_scores=scores is not None and not last,
+            packing=self._packing,
         )
 
     def step(self, keys: Tensor, values: Tensor, mass: Tensor, padding: Tensor, active: Tensor) -> list[Change]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mikv.kernels import pick
 from mikv.quant.codec import Codec, Parts, storage_dtype
 from mikv.types import Index, Tier, at
 
@@ -39,6 +40,7 @@ class TierStore:
         compute: dtype of the model.
         with_positions: positions must be stored (where they don't follow from the slot).
         with_scores: scores must be stored (where a token can still be demoted).
+        packing: who quantizes and packs, see mikv.kernels.pick.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class TierStore:
         compute: torch.dtype,
         with_positions: bool,
         with_scores: bool,
+        packing: str = "reference",
     ) -> None:
         group = tier.group_size(head_dim)
         self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
         self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
         self._balancer = balancer if tier.k < 16 else None
         self._with_positions, self._with_scores = with_positions, with_scores
+        self._packing = packing
         self.tier = tier
         self.count = count.clone()
         self._longest = int(count.max())  # upper bound of count, known without looking
@@ -166,15 +170,26 @@ class TierStore:
 
     def _encode(self, pairs: Pairs, layers: slice = slice(None)) -> Parts:
         """Parts [l, B, H, S, *] of pairs [l, B, H, S, ...] of some layers."""
-        keys = pairs.keys if self._balancer is None else pairs.keys.float() * self._balancer[layers]
-        parts = {f"keys.{name}": part for name, part in self._key_codec.encode(keys).items()}
-        parts |= {f"values.{name}": part for name, part in self._value_codec.encode(pairs.values).items()}
+        balancer = None if self._balancer is None else self._balancer[layers]
+        parts = {f"keys.{name}": part for name, part in self._stored(self._key_codec, pairs.keys, balancer).items()}
+        parts |= {f"values.{name}": part for name, part in self._stored(self._value_codec, pairs.values, None).items()}
         if self._with_positions:
             parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
         if self._with_scores:
             assert pairs.scores is not None
             parts["scores"] = pairs.scores.unsqueeze(-1)
         return parts
+
+    def _stored(self, codec: Codec, x: Tensor, balancer: Tensor | None) -> Parts:
+        """x [l, B, H, S, D] as it is stored, multiplied by balancer [l, B, H, 1, D] before it is quantized."""
+        if codec.bits == 16:
+            return codec.encode(x)
+        flat = None if balancer is None else balancer.squeeze(3).flatten(0, 1).contiguous()
+        packed = pick.encode(x.flatten(0, 1), codec.bits, codec.head_dim // codec.group, flat, None, self._packing)
+        assert packed.scale is not None
+        assert packed.zero is not None
+        parts = {"codes": packed.data, "scale": packed.scale, "zero": packed.zero}
+        return {name: part.unflatten(0, x.shape[:2]) for name, part in parts.items()}
 
     def _decode(self, parts: Parts, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
         keys = self._key_codec.decode({n[5:]: part for n, part in parts.items() if n.startswith("keys.")})

@@ -12,6 +12,7 @@ from baselines.h2o import h2o
 from baselines.streaming_llm import streaming_llm
 from mikv.cache.compressed import CompressedCache
 from mikv.cache.policy_store import PolicyStore
+from mikv.cache.reindex import gone_after_columns
 from mikv.config import policy
 from mikv.importance.scores import Accumulated
 from mikv.mikv import mikv
@@ -177,7 +178,7 @@ def test_contiguous_positions_are_those_of_a_recomputed_rope() -> None:
     assert bank.working is not None
     assert bank._reindex is not None
     keys, _, present = bank.working.view(0, 51)
-    mine = bank._reindex(keys, present, bank.padding)[0, 0][kept]
+    mine = bank._reindex(keys, gone_after_columns(present, bank.padding), 51)[0, 0][kept]
 
     decoder = run.model.get_decoder()
     with torch.inference_mode():

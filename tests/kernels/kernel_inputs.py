@@ -9,11 +9,6 @@ from mikv.kernels.segments import Segment, Vectors
 from mikv.quant.codec import Codec
 from mikv.quant.packing import unpack
 
-# Largest error over the largest number that could come out (max |value|). FP16: probabilities and queries are rounded to
-# 11 bits; BF16: to 8, and the output as well.
-TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
-# The same for attention mass, which no 16-bit number enters on the way out; per query head.
-MASS_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-3}
 GUARD = 256  # poisoned elements before and after every buffer
 
 

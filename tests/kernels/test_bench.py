@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from mikv.kernels import verify
 from mikv.models.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -43,8 +44,8 @@ def test_a_wrong_kernel_is_noticed(
 ) -> None:
     monkeypatch.setattr(bench, "MODELS", SMALL)
     assert bench.correct(CPU, (20,))
-    for name in ("TOLERANCE", "CACHES"):
-        monkeypatch.setattr(bench, name, 1e-9 if name == "TOLERANCE" else {"16": [(1.0, 16, 16)]})
+    monkeypatch.setattr(verify, "TOLERANCE", {torch.float16: 1e-9})
+    monkeypatch.setattr(bench, "CACHES", {"16": [(1.0, 16, 16)]})
     assert not bench.correct(CPU, (20,))
     assert "WRONG" in capsys.readouterr().out
 

@@ -1,0 +1,119 @@
+"""How a cache is read: what is decided, and that the kernels answer as the dense copy does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import NO_END, POLICIES, Decoding, engine, model, policy, prompt
+
+from mikv.cache.reading import Reading, decide
+from mikv.cache.reindex import gone_after_columns, gone_after_slots
+from mikv.engine import Engine, Scoring
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def unasked() -> int:
+    raise AssertionError("the head's size does not matter here")
+
+
+@pytest.mark.parametrize(
+    ("reader", "attention", "device", "dtype", "head_dim", "wanted"),
+    [
+        (None, None, CPU, SINGLE, None, Reading("working")),
+        ("packed", None, GPU, HALF, None, Reading("packed")),
+        ("kernel", None, CPU, SINGLE, None, Reading("kernel")),
+        (None, "reference", CPU, SINGLE, None, Reading("kernel", "reference")),
+        (None, None, GPU, HALF, 128, Reading("kernel", "triton")),
+        (None, None, GPU, HALF, 80, Reading("working")),  # no kernel for such heads
+        (None, None, GPU, SINGLE, None, Reading("working")),
+        ("kernel", None, GPU, HALF, 80, Reading("kernel", "reference")),
+        ("kernel", None, GPU, SINGLE, None, Reading("kernel", "reference")),
+        ("kernel", "triton", GPU, torch.float16, 64, Reading("kernel", "triton")),
+        (None, "reference", GPU, HALF, None, Reading("kernel", "reference")),
+    ],
+)
+def test_what_is_left_open_follows_from_device_and_model(
+    reader: str | None, attention: str | None, device: torch.device, dtype: torch.dtype, head_dim: int | None, wanted: Reading
+) -> None:
+    assert decide(reader, attention, device, dtype, unasked if head_dim is None else lambda: head_dim) == wanted
+
+
+def test_what_can_not_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="working or packed or kernel"):
+        decide("dense", None, CPU, SINGLE, unasked)
+    with pytest.raises(ValueError, match="reference or triton"):
+        decide(None, "flash", CPU, SINGLE, unasked)
+    with pytest.raises(ValueError, match="choose reader=kernel"):
+        decide("working", "triton", GPU, HALF, unasked)
+    with pytest.raises(ValueError, match=r"choose model.dtype=bfloat16"):
+        decide(None, "triton", GPU, SINGLE, unasked)
+    with pytest.raises(ValueError, match="head_dim 32, 64, 128 or 256, not 80"):
+        decide(None, "triton", GPU, HALF, lambda: 80)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        decide(None, "triton", CPU, HALF, lambda: 64)
+
+
+def test_only_what_rounds_otherwise_is_in_the_protocol() -> None:
+    assert Reading("working").protocol == Reading("packed").protocol == {}
+    protocols = [Reading("kernel", attention).protocol["attention"] for attention in (None, "reference", "triton")]
+    assert protocols == ["cpu", "reference", "triton"]
+
+
+@pytest.mark.parametrize("kernels", [None, "reference"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_kernels_answer_as_the_dense_copy(name: str, kernels: str | None) -> None:
+    """Every policy, re-indexed ones too; unequal lengths, tokens that move while the answer grows. They add up in another
+    order (float32): the twin's own answers must be as probable, sum by sum."""
+    panel = [policy("full"), policy(name)]
+    prompts = [prompt(61, question=2), prompt(23, seed=1, question=2)]
+    decoding = Decoding(max_new_tokens=20)
+    dense, read = engine("working"), engine("kernel", kernels)
+    assert dense.generate(prompts, panel, decoding)[0] == read.generate(prompts, panel, decoding)[0]
+    answers = [g.tokens for g in dense.generate(prompts, panel, decoding)[0]]
+    scorings = [Scoring(p, [answer, answer[:3]]) for p, answer in zip(prompts, answers, strict=True)]
+    for mine, other in zip(dense.score(scorings, panel), read.score(scorings, panel), strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert a.usage == b.usage
+            for x, y in zip(a.continuations, b.continuations, strict=True):
+                assert x.logprob == pytest.approx(y.logprob, abs=2e-3)
+                assert x.fidelity.kl == pytest.approx(y.fidelity.kl, abs=1e-3)
+
+
+def test_triton_serves_a_whole_panel() -> None:
+    """Interpreted: prefill packed by its kernel, decoded by its kernel, in 16 bits, beside torch's reference in 16 bits."""
+    shape = {"dtype": torch.float16, "head_dim": 32, "query_heads": 4, "kv_heads": 2}
+    panel = [policy(name) for name in ("full", "mikv", "streaming_llm", "h2o")]
+    prompts = [prompt(40), prompt(17, seed=1)]
+    one, other = (Engine(model(**shape), NO_END, 257, "kernel", kernels) for kernels in ("triton", "reference"))
+    assert one.reading == Reading("kernel", "triton")
+    scorings = [Scoring(p, [[7, 8, 9]]) for p in prompts]
+    for mine, theirs in zip(one.score(scorings, panel), other.score(scorings, panel), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.usage == b.usage
+            assert a.continuations[0].logprob == pytest.approx(b.continuations[0].logprob, abs=2e-2)
+
+
+def test_missing_tokens_are_counted_alike_in_columns_and_in_slots() -> None:
+    """Head by head other tokens are held, in any order of slots; rows have padding on the left."""
+    generator = torch.Generator().manual_seed(0)
+    padding, seen = torch.tensor([0, 5]), torch.tensor([12, 7])
+    present = torch.zeros(2, 3, 12, dtype=torch.bool)
+    positions = torch.full((2, 3, 6), 99)  # of unused slots: anything
+    count = torch.tensor([6, 4])
+    for row in range(2):
+        for head in range(3):
+            held = torch.randperm(int(seen[row]), generator=generator)[: count[row]]
+            positions[row, head, : count[row]] = held
+            present[row, head, held + padding[row]] = True
+    used = torch.arange(6) < count[:, None]
+    slots = gone_after_slots(positions, used, seen)
+    columns = gone_after_columns(present, padding)
+    for row in range(2):
+        for head in range(3):
+            held = positions[row, head, : count[row]]
+            missing = [sum(1 for p in range(at + 1, int(seen[row])) if p not in held.tolist()) for at in held.tolist()]
+            assert slots[row, head, : count[row]].tolist() == missing
+            assert columns[row, head, held + padding[row]].tolist() == missing

@@ -1,0 +1,32 @@
+"""A run that is going to use Triton's kernels asks first whether they are right on its machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mikv.kernels import decode_launch, verify
+from mikv.kernels.segments import Attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", verify.TOLERANCE)
+def test_right_kernels_pass(dtype: torch.dtype) -> None:
+    verify.verify([(16, 16), (8, 3), (4, 2)], 6, 2, 64, dtype, CPU)
+
+
+@pytest.mark.parametrize("broken", ["output", "mass", "NaN", "NaN mass"])
+def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    right = decode_launch.decode_attention
+
+    def wrong(*args: object) -> Attention:
+        out, mass = right(*args)  # type: ignore[arg-type]
+        if "mass" in broken:
+            off = torch.nan if "NaN" in broken else 0.02
+            return Attention(out, [None if m is None else m + off for m in mass])
+        return Attention(out + (torch.nan if broken == "NaN" else 0.02), mass)
+
+    monkeypatch.setattr(decode_launch, "decode_attention", wrong)
+    with pytest.raises(verify.KernelsDisagree, match=r"keys of 16 and values of 16 bits is wrong.*attention=reference"):
+        verify.verify([(16, 16)], 2, 2, 64, torch.float16, CPU)
