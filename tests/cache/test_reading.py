@@ -9,6 +9,7 @@ from conftest import NO_END, POLICIES, Decoding, engine, model, policy, prompt
 from mikv.cache.reading import Reading, decide
 from mikv.cache.reindex import gone_after_columns, gone_after_slots
 from mikv.engine import Engine, Scoring
+from mikv.kernels import pick
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -82,18 +83,22 @@ def test_kernels_answer_as_the_dense_copy(name: str, kernels: str | None) -> Non
                 assert x.fidelity.kl == pytest.approx(y.fidelity.kl, abs=1e-3)
 
 
-def test_triton_serves_a_whole_panel() -> None:
+def test_triton_serves_a_whole_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted: prefill packed by its kernel, decoded by its kernel, in 16 bits, beside torch's reference in 16 bits."""
     shape = {"dtype": torch.float16, "head_dim": 32, "query_heads": 4, "kv_heads": 2}
     panel = [policy(name) for name in ("full", "mikv", "streaming_llm", "h2o")]
     prompts = [prompt(40), prompt(17, seed=1)]
     one, other = (Engine(model(**shape), NO_END, 257, "kernel", kernels) for kernels in ("triton", "reference"))
     assert one.reading == Reading("kernel", "triton")
+    packed: list[str] = []
+    encode = pick.encode
+    monkeypatch.setattr(pick, "encode", lambda *args: (packed.append(args[-1]), encode(*args))[1])
     scorings = [Scoring(p, [[7, 8, 9]]) for p in prompts]
     for mine, theirs in zip(one.score(scorings, panel), other.score(scorings, panel), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert a.usage == b.usage
             assert a.continuations[0].logprob == pytest.approx(b.continuations[0].logprob, abs=2e-2)
+    assert set(packed) == {"triton", "reference"}  # each engine's own: the bits are the same
 
 
 def test_missing_tokens_are_counted_alike_in_columns_and_in_slots() -> None:
