@@ -176,7 +176,9 @@ class Engine:
         """
         lengths = Lengths(torch.tensor([len(c) for c in contexts]), max(map(len, contexts)))
         prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
-        cache = PrefillCache(self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix)
+        cache = PrefillCache(
+            self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.reading.kernels
+        )
         if lengths.width:
             ids = [[self.pad_token] * (lengths.width - len(c)) + list(c[shared:]) for c in contexts]
             positions = lengths.positions(self.model.device)[:, shared:]

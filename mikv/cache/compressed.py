@@ -180,7 +180,7 @@ class _Bank:
         workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
-        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.packing) for policy in panel]
+        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels) for policy in panel]
         self.columns = state.lengths.width
         self.padding = state.lengths.padding.repeat(len(panel))  # int64 [R]
         layers, _, heads, _, dim = bank.keys.shape

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mikv.attention.fused import fused_causal_attention
 from mikv.attention.reference import causal_attention
 from mikv.importance.base import Observer, ObserverState
+from mikv.importance.scores import ColumnSumsState
+from mikv.kernels import pick
 from mikv.types import Geometry, Lengths
 
 
@@ -62,6 +64,8 @@ class PrefillCache(Cache):
         lengths: of the whole prompts, the prefix included.
         observers: what must be watched.
         prefix: prefill of one row (watched by the same observers) that all prompts begin with; each is longer than it.
+        kernels: `triton` = where column sums are all that is watched its kernel makes them, and attention is torch's fused one:
+            no probabilities are ever written. (Not behind a prefix, whose queries are not there any more.)
     """
 
     def __init__(
@@ -72,13 +76,14 @@ class PrefillCache(Cache):
         lengths: Lengths,
         observers: Sequence[Observer],
         prefix: PrefillState | None = None,
+        kernels: str = "reference",
     ) -> None:
         self._geometry, self._dtype, self._lengths = geometry, dtype, lengths
         self._collecting: list[_CollectingBank] = []
         layers: list[_PrefillLayer] = []
         for device, indices in groupby(range(geometry.layers), key=lambda layer: devices[layer]):
             before = None if prefix is None else prefix.banks[len(self._collecting)]
-            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers, before)
+            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers, before, kernels)
             self._collecting.append(bank)
             layers += [_PrefillLayer(bank, i) for i in range(len(bank.layers))]
         super().__init__(layers=layers)
@@ -99,6 +104,7 @@ class _CollectingBank:
         lengths: Lengths,
         observers: Sequence[Observer],
         prefix: PrefillBank | None,
+        kernels: str,
     ) -> None:
         self.layers = torch.tensor(layers, device=device)
         batch, heads, dim = len(lengths.tokens), geometry.kv_heads, geometry.head_dim
@@ -112,6 +118,10 @@ class _CollectingBank:
         self.padding = self.real if lengths.padding.any() else None
         geometry = geometry._replace(layers=len(layers))
         self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
+        sums = [state for state in self.watching.values() if isinstance(state, ColumnSumsState)]
+        by_kernel = kernels == "triton" and prefix is None and len(sums) == len(self.watching)
+        self.sums = sums if by_kernel else None
+        self.shift = lengths.padding.to(device, torch.int32)
         self.prefix, self.shared = prefix, 0
         if prefix is not None:
             self.shared = prefix.keys.shape[3]
@@ -175,6 +185,10 @@ class _PrefillLayer(CacheLayerMixin):
             for state in bank.watching.values():
                 state.block(layer, probs, first, real_queries)
 
+        if bank.sums is not None:
+            for state in bank.sums:
+                state.add(layer, pick.column_sums(query, key, None, scaling, bank.shift, "triton"))
+            return fused_causal_attention(query, key, value, scaling, bank.padding)
         # in 16 bits the fused kernel rounds otherwise, and a panel that is watched would not be its policies alone
         if bank.watching or query.dtype != torch.float32:
             return causal_attention(query, key, value, scaling, bank.padding, watch if bank.watching else None)

@@ -25,8 +25,8 @@ class Reading(NamedTuple):
     attention: str | None = None
 
     @property
-    def packing(self) -> str:
-        """Who quantizes and packs; the bits are the same."""
+    def kernels(self) -> str:
+        """Who quantizes and packs (the bits are the same), and sums up the attention of a prompt: `reference` or `triton`."""
         return "triton" if self.attention == "triton" else "reference"
 
     @property

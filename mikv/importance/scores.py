@@ -16,22 +16,27 @@ from mikv.types import Geometry, Lengths
 class ColumnSums:
     """Observer: sum over all prompt queries and the query heads of a group of each key's attention probability."""
 
-    def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> _ColumnSumsState:
-        return _ColumnSumsState(geometry, lengths, device)
+    def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> ColumnSumsState:
+        return ColumnSumsState(geometry, lengths, device)
 
     def combine(self, before: Tensor, after: Tensor) -> Tensor:
         return before + after
 
 
-class _ColumnSumsState:
+class ColumnSumsState:
+    """May be shown a layer block by block, or be given its sums by a kernel that never makes the probabilities."""
+
     def __init__(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> None:
         shape = (geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
+    def add(self, layer: int, received: Tensor) -> None:
+        """Attention that the first T' columns received, float32 [B, H, T']."""
+        self._sums[layer, :, :, : received.shape[-1]] += received
+
     def block(self, layer: int, probs: Tensor, first: int, real_queries: Tensor) -> None:
         real = real_queries.to(probs.dtype)  # a query that is padding attends to garbage: it does not count
-        received = torch.einsum("bhgqt,bq->bht", probs, real)
-        self._sums[layer, :, :, : probs.shape[-1]] += received
+        self.add(layer, torch.einsum("bhgqt,bq->bht", probs, real))
 
     def result(self) -> Tensor:
         return self._sums
