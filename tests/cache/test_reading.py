@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import NO_END, POLICIES, Decoding, engine, model, policy, prompt, tokens
@@ -11,9 +13,33 @@ from mikv.cache.reindex import gone_after_columns, gone_after_slots
 from mikv.engine import Engine, Scoring
 from mikv.importance.scores import ColumnSums
 from mikv.kernels import pick
+from mikv.types import Geometry, Lengths
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Observer of another kind: the largest attention that a key received, which no sum tells."""
+
+    def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> LargestState:
+        return LargestState(torch.zeros(geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width, device=device))
+
+    def combine(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(before, after)
+
+
+@dataclass
+class LargestState:
+    found: torch.Tensor
+
+    def block(self, layer: int, probs: torch.Tensor, first: int, real_queries: torch.Tensor) -> None:
+        here = self.found[layer, :, :, : probs.shape[-1]]
+        here.copy_(torch.maximum(here, (probs * real_queries[:, None, None, :, None]).amax(dim=(2, 3))))
+
+    def result(self) -> torch.Tensor:
+        return self.found
 
 
 def unasked() -> int:
@@ -121,6 +147,10 @@ def test_a_prefill_by_kernels_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) 
         assert torch.allclose(got, exact, atol=2e-2)
     one.prefill([[*contexts[0], 1], [*contexts[0], 2]], {ColumnSums()}, shared=150)
     assert len(calls) == 2 * len(mine.layers)  # of the prefix, not of what follows
+    both = one.prefill(contexts, {ColumnSums(), Largest()}).banks[0].observed
+    assert len(calls) == 2 * len(mine.layers)
+    assert (both[Largest()][:, 0].amax(dim=-1) == 1).all()  # the first query sees one key
+    assert torch.allclose(both[ColumnSums()], wanted.observed[ColumnSums()], atol=0.05)
 
 
 def test_missing_tokens_are_counted_alike_in_columns_and_in_slots() -> None:
