@@ -34,7 +34,7 @@ class Largest:
 class LargestState:
     found: torch.Tensor
 
-    def block(self, layer: int, probs: torch.Tensor, first: int, real_queries: torch.Tensor) -> None:
+    def block(self, layer: int, probs: torch.Tensor, first: int, real_queries: torch.Tensor) -> None:  # noqa: ARG002
         here = self.found[layer, :, :, : probs.shape[-1]]
         here.copy_(torch.maximum(here, (probs * real_queries[:, None, None, :, None]).amax(dim=(2, 3))))
 
