@@ -3,7 +3,8 @@
 python -m experiments.pareto model=smollm2-recall
 python -m experiments.pareto model=llama2-7b "tasks=linerecall task.lines=40,mmlu task.subset=tiny,gsm8k,fidelity"
 
-`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task. Which
+`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task (name=x
+becomes x-linerecall, ...). Which
 policies are on the Pareto front (no other one is as good with fewer bytes) is printed, and drawn as a dashed line.
 """
 
@@ -80,11 +81,12 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("tasks=", "figures=")))
-    common = [argument for argument in arguments if not argument.startswith(("tasks=", "figures="))]
+    common = [argument for argument in arguments if not argument.startswith(("tasks=", "figures=", "name="))]
+    names = [argument for argument in arguments if argument.startswith("name=")]
     rows: list[Row] = []
     for entry in given.get("tasks", TASKS).split(","):
         name, *own = entry.split()
-        rows += points(run("pareto", f"task={name}", *common, *own).summary)
+        rows += points(run("pareto", f"task={name}", *common, *own, *(f"{given}-{name}" for given in names)).summary)
     show(front_table(rows))
     for file in draw(rows, Path(given.get("figures", FIGURES))):
         print(f"figure   {file}")

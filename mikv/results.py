@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,14 +103,30 @@ def measures(row: Mapping[str, Any]) -> dict[str, Row]:
 
 
 def frame(folders: Iterable[Path]) -> pd.DataFrame:
-    """Everything that these runs measured, a row per run, policy and measure: run, model, task, policy, label, size_percent,
-    measure, first (whether it is the task's metric), and the fields of `measures`."""
+    """Everything that these runs measured, a row per run, policy and measure: run, model, task (with the options in which its
+    runs differ), policy, label, size_percent, measure, first (is it the task's metric), and the fields of `measures`."""
     import pandas as pd
 
+    runs = [read_results(folder) for folder in folders]
     rows = []
-    for results in map(read_results, folders):
+    for results, task in zip(runs, _told_apart(runs), strict=True):
         for point in results.summary:
-            head = {name: point[name] for name in ("model", "task", "policy", "label", "size_percent")}
+            head = {name: point[name] for name in ("model", "policy", "label", "size_percent")}
             for i, (name, of) in enumerate(measures(point).items()):
-                rows.append({"run": results.name, **head, "measure": name, "first": i == 0, **of})
+                rows.append({"run": results.name, "task": task, **head, "measure": name, "first": i == 0, **of})
     return pd.DataFrame(rows)
+
+
+def _told_apart(runs: Sequence[Results]) -> list[str]:
+    """Each run's task, with the options in which runs of that task differ: records of 10 and of 40 lines are no one curve."""
+    asked: list[Row] = []
+    for results in runs:
+        identity = results.about.get("identity", {})
+        asked.append({**identity.get("task", {}), "question": identity.get("protocol", {}).get("question")})
+    tasks = [str(results.summary[0]["task"]) for results in runs]
+    names = []
+    for task, mine in zip(tasks, asked, strict=True):
+        others = [other for name, other in zip(tasks, asked, strict=True) if name == task]
+        differing = [option for option in mine if any(other.get(option) != mine[option] for other in others)]
+        names.append(" ".join([task, *(f"{option}={mine[option]}" for option in differing)]))
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,27 @@ from mikv.plots.style import look
 
 Row = dict[str, Any]
 
+# How strongly labels push each other away, and how far in one step, in pixels; one after the other until no label lies on
+# another: no single choice suits all figures.
+_PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10))
 
-def curve(ax: Any, rows: Sequence[Row]) -> Any:
-    """Score (with its 95 % interval) against the counted size of the cache, a point per policy.
 
-    A divergence spans orders of magnitude: it is drawn on a logarithmic scale, without the full cache, whose own is 0.
-    """
-    logarithmic = rows[0]["metric"] == "kl" and any(row["value"] > 0 for row in rows)
-    if logarithmic:
+def curve_figure(rows: Sequence[Row]) -> Any:
+    """Score (with its 95 % interval) against the counted size of the cache, a point per policy with its label, of the summary
+    of a run. The caller saves and closes it."""
+    figure, ax = _pyplot().subplots(figsize=(8, 5), dpi=150)
+    ax.set_title(f"{rows[0]['model']} on {rows[0]['task']}, n = {rows[0]['n']}", fontsize=10)
+    if rows[0]["metric"] == "kl" and any(row["value"] > 0 for row in rows):
+        # a divergence spans orders of magnitude; the full cache's own is 0 and has no place there
         rows = [row for row in rows if row["value"] > 0]
         ax.set_yscale("log", nonpositive="clip")
+    _points(ax, rows)
+    figure.tight_layout()
+    _annotate(ax, rows)  # last: it needs the final limits and layout
+    return figure
+
+
+def _points(ax: Any, rows: Sequence[Row]) -> None:
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size_percent"])
         colour, marker = look(name)
@@ -44,38 +56,58 @@ def curve(ax: Any, rows: Sequence[Row]) -> Any:
         ax.margins(y=0.15)
     ax.grid(True, linewidth=0.3)
     ax.legend(loc="upper right" if rows[0]["lower_is_better"] else "lower right", frameon=True, fontsize=8)
-    _annotate(ax, rows)  # last: it needs the final limits
-    return ax
 
 
 def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     """A label beside each point, moved where it would lie on another label or point."""
     from adjustText import adjust_text
 
-    texts = []
-    for row in rows:
-        short = row["label"].replace(row["policy"], "").strip() or row["policy"]
-        colour = look(row["policy"])[0]
-        # a little up and right of the point, in pixels: the scale may be logarithmic
-        place = ax.transData.inverted().transform(ax.transData.transform((row["size_percent"], row["value"])) + 9)
-        texts.append(ax.text(*place, short, fontsize=7, color=colour))
-    adjust_text(
-        texts,
-        x=[row["size_percent"] for row in rows],
-        y=[row["value"] for row in rows],
-        ax=ax,
-        arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5},
-        expand=(1.15, 1.5),
-    )
+    points = [ax.transData.transform((row["size_percent"], row["value"])) for row in rows]
+    # a little up and right of the point, in pixels: the scale may be logarithmic
+    starts = [ax.transData.inverted().transform(point + 9) for point in points]
+    texts = [
+        ax.text(
+            *start, row["label"].replace(row["policy"], "").strip() or row["policy"], fontsize=7, color=look(row["policy"])[0]
+        )
+        for start, row in zip(starts, rows, strict=True)
+    ]
+    for push in _PUSHES:
+        force, step = push
+        for text, start in zip(texts, starts, strict=True):
+            text.set_position(start)
+        _, arrows = adjust_text(
+            texts,
+            x=[row["size_percent"] for row in rows],
+            y=[row["value"] for row in rows],
+            ax=ax,
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5},
+            expand=(1.15, 1.5),
+            force_text=(force, 1.5 * force),
+            force_static=(force / 2, force),
+            max_move=(step, step),
+            iter_lim=300,  # the library's own limit is one of time: a busy machine would draw another figure
+        )
+        if push == _PUSHES[-1] or not collisions(texts, points):
+            break
+        for arrow in arrows:
+            arrow.remove()
+
+
+def _short(row: Row) -> str:
+    """The label without what the legend says."""
+    return str(row["label"].replace(row["policy"], "").strip() or row["policy"])
+
+
+def collisions(texts: Sequence[Any], points: Sequence[Any]) -> int:
+    """How many pairs of labels, and of a label and a point (in pixels), lie on each other."""
+    boxes = [text.get_window_extent() for text in texts]
+    pairs = sum(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    return pairs + sum(bool(box.contains(*point)) for box in boxes for point in points)
 
 
 def save_curve(file: Path, rows: Sequence[Row]) -> Path:
-    """Draw `curve` into a PNG."""
-    figure, ax = _pyplot().subplots(figsize=(8, 5), dpi=150)
-    curve(ax, rows)
-    ax.set_title(f"{rows[0]['model']} on {rows[0]['task']}, n = {rows[0]['n']}", fontsize=10)
-    figure.tight_layout()
-    return _save(figure, file)
+    """Draw `curve_figure` into a PNG."""
+    return _save(curve_figure(rows), file)
 
 
 def depth_map(ax: Any, samples: Sequence[Row]) -> Any:

@@ -90,6 +90,21 @@ def test_committed_results_are_small_and_readable() -> None:
     assert sum(file.stat().st_size for file in (RESULTS / "reference").rglob("*")) < 2_000_000
 
 
+def test_runs_of_one_task_with_other_options_are_no_one_curve(tmp_path: Path) -> None:
+    """Records of 10 and of 40 lines, asked before and after compression; what is the same everywhere is not said."""
+    asked = {"a": (10, "visible"), "b": (40, "visible"), "c": (40, "hidden")}
+    for name, (lines, question) in asked.items():
+        folder = write_run(tmp_path / name)
+        about = json.loads((folder / "run.json").read_text())
+        about["identity"] |= {"task": {"name": "digits", "lines": lines, "file": None}, "protocol": {"question": question}}
+        (folder / "run.json").write_text(json.dumps(about))
+    names = frame([tmp_path / name for name in asked]).groupby("run")["task"].unique()
+    assert [list(names[name]) for name in asked] == [
+        [f"digits lines={lines} question={question}"] for lines, question in asked.values()
+    ]
+    assert set(frame([tmp_path / "b"])["task"]) == {"digits"}
+
+
 def test_a_frame_has_a_row_per_policy_and_measure(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "digits")
     points = frame([folder])
