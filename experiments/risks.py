@@ -23,7 +23,7 @@ import pandas as pd
 from experiments.base import finish
 from mikv.cli import explained, quiet
 from mikv.plots import risk_grid
-from mikv.results import read_results
+from mikv.results import panel_of, read_results
 
 Row = dict[str, Any]
 
@@ -41,14 +41,7 @@ def budget(size_percent: float) -> int | None:
 
 def runs_of(out: Path, panel: str) -> list[Path]:
     """Folders under `out` that hold finished runs of a panel."""
-    import yaml
-
-    found = []
-    for summary in sorted(out.glob("*/summary.jsonl")):
-        config = yaml.safe_load(summary.with_name("config.yaml").read_text(encoding="utf-8"))
-        if (config.get("panel") or {}).get("name") == panel:
-            found.append(summary.parent)
-    return found
+    return [summary.parent for summary in sorted(out.glob("*/summary.jsonl")) if panel_of(summary.parent) == panel]
 
 
 def risks(summary: Sequence[Row]) -> Iterator[Row]:

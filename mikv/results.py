@@ -76,6 +76,16 @@ def read_results(folder: Path) -> Results:
     )
 
 
+def panel_of(folder: Path) -> str | None:
+    """Name of the panel that a run was made with; None = a single policy, or nothing is known."""
+    import yaml
+
+    config, about = folder / "config.yaml", folder / "run.json"
+    if config.is_file():
+        return (yaml.safe_load(config.read_text(encoding="utf-8")).get("panel") or {}).get("name")
+    return json.loads(about.read_text(encoding="utf-8")).get("panel") if about.is_file() else None
+
+
 def flips(results: Results) -> Iterator[tuple[Row, Row]]:
     """Samples whose outcome is another one than with the full cache: its row there, and the policy's, in the order of the
     summary. Only outcomes that are right or wrong flip; a divergence always differs."""

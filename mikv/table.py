@@ -111,6 +111,6 @@ def _with_error(value: float, error: float | None) -> str:
 
 def _number(value: float) -> str:
     """Three decimals; of what is smaller, two digits; of what is larger, four."""
-    if value and abs(value) < 0.01:
+    if value and abs(value) < 0.00995:  # what is not 0.010 with three
         return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"

@@ -17,19 +17,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
 from mikv.records import RecordError, to_line, write_atomically
-from mikv.results import Results, ResultsError, flips, read_results
+from mikv.results import Results, ResultsError, flips, panel_of, read_results
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 
-def keep(results: Results, folder: Path, samples: bool = True) -> None:
+def keep(results: Results, panel: str | None, folder: Path, samples: bool = True) -> None:
     """Write the small folder; what was there before is replaced."""
     environment = {name: of for name, of in results.about["environment"].items() if name not in ("system", "processors")}
     rows = {row["key"]: row for pair in flips(results) for row in pair}
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    about = {"identity": results.about["identity"], "environment": environment}
+    about = {"identity": results.about["identity"], "panel": panel, "environment": environment}
     write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
     write_atomically(folder / "summary.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.summary))
     if samples:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for run in options.run:
             results = read_results(run)
-            keep(results, options.into / results.name, not options.summaries)
+            keep(results, panel_of(run), options.into / results.name, not options.summaries)
             size = sum(file.stat().st_size for file in (options.into / results.name).iterdir())
             print(f"{options.into / results.name}: {len(results.summary)} policies, {size / 1000:.0f} kB")
     except (ResultsError, RecordError) as error:

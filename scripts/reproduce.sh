@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall recall-table1)  # kept with their flipped samples
-SMALL=(recall-table2 recall-table3 recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-fidelity)  # kept as summaries: all is to stay below 2 MB
+# kept as summaries: all is to stay below 2 MB
+SMALL=(recall-table{2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-fidelity)
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -24,7 +25,7 @@ half=(task.limit=$(((LIMIT + 1) / 2)))  # twenty-three policies
 "$PYTHON" -m experiments.pareto model=smollm2-recall name=recall-pareto \
   "tasks=linerecall ${half[*]} ${short[*]},guardedrecall ${half[*]} ${short[*]},fidelity task.limit=6"
 "$PYTHON" run.py panel=risk task=guardedrecall "${recall[@]}" name=recall-risk
-"$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity task.limit=6 name=135m-fidelity
+"$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity name=135m-fidelity
 if [ -n "${DATA:-}" ]; then
   # short answers and no second decode for fidelity: fifteen policies on two cores
   few=(panel=risk task.data_dir="$DATA" task.limit=20 fidelity=false)
