@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from mikv.importance.base import Observer
 from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
 from mikv.policy import Policy
 from mikv.randomness import uniform
+from mikv.scoring import Fidelity, Scored, Tally
 from mikv.types import Lengths
 
 # At most so many continuations are fed at a time, each in a row of its own per policy.
@@ -67,28 +68,6 @@ class Scoring:
     def __post_init__(self) -> None:
         if not self.continuations or not all(self.continuations):
             raise ValueError("nothing to score: each continuation needs at least one token")
-
-
-class Fidelity(NamedTuple):
-    """How far a policy is from the panel's first one (the full twin) while both are fed the same tokens.
-
-    kl: mean over the tokens of KL(twin || policy) between next-token distributions, in nats; agreement: share of tokens at
-    which both have the same most probable token; nll_change: mean change of the tokens' negative log-likelihood, in nats
-    (positive = less probable than with the twin).
-    """
-
-    kl: float
-    agreement: float
-    nll_change: float
-
-
-class Scored(NamedTuple):
-    """One continuation: how many tokens, the sum of their log-probabilities, whether each was the most probable one."""
-
-    tokens: int
-    logprob: float
-    greedy: bool
-    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -352,7 +331,7 @@ class Engine:
         logits = self._read_questions(cache, prompts, policies)
         usages = cache.usage()
         flat = [(b, tokens) for b, continuations in enumerate(wanted) for tokens in continuations]
-        tally = _Tally(policies, [tokens for _, tokens in flat], logits.device)
+        tally = Tally(policies, [tokens for _, tokens in flat], logits.device)
         owner = torch.tensor([b for b, _ in flat])
         for some in torch.arange(len(flat)).split(_FORKS):
             tally.add(logits.unflatten(0, (policies, batch))[:, owner[some].to(logits.device)], some, 0)
@@ -386,7 +365,7 @@ class Engine:
         policies: int,
         some: Tensor,
         owner: Tensor,
-        tally: _Tally,
+        tally: Tally,
     ) -> None:
         """Feed continuations `some` (int64 [n], the longest first), each in a row of its own per policy."""
         batch = len(prompts)
@@ -475,48 +454,6 @@ class _Chooser:
         self._reading = self._reading[rows]
         if self._seen is not None:
             self._seen = self._seen[rows.to(self._seen.device)]
-
-
-class _Tally:
-    """Adds up what is asked of continuations, token by token, for all policies; the first one is the others' twin."""
-
-    def __init__(self, policies: int, tokens: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.tokens = tokens
-        # they stay on the model's device until the result: a look at each step would make a GPU wait
-        shape = (policies, len(tokens))
-        self._logprob, self._kl, self._same = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
-        self._greedy = torch.ones(shape, dtype=torch.bool, device=device)
-
-    def add(self, logits: Tensor, some: Tensor, step: int) -> None:
-        """Token `step` of continuations `some` (int64 [n]), predicted by logits [P, n, vocabulary]."""
-        target = torch.tensor([self.tokens[i][step] for i in some.tolist()], device=logits.device)
-        some = some.to(logits.device)
-        twin: Tensor | None = None
-        for p, mine in enumerate(logits):  # one policy at a time: vocabularies are large
-            log_probs = torch.log_softmax(mine.float(), dim=-1)
-            twin = log_probs if twin is None else twin
-            best = log_probs.argmax(dim=-1)
-            self._logprob[p, some] += log_probs.gather(-1, target[:, None]).squeeze(-1).double()
-            self._greedy[p, some] &= best == target
-            self._kl[p, some] += (twin.exp() * (twin - log_probs)).sum(dim=-1).double()
-            self._same[p, some] += (best == twin.argmax(dim=-1)).double()
-
-    def result(self) -> list[list[Scored]]:
-        """By policy and continuation."""
-        counts = [len(tokens) for tokens in self.tokens]
-        lengths = torch.tensor(counts, device=self._kl.device)
-        columns = zip(
-            self._logprob.tolist(),
-            self._greedy.tolist(),
-            (self._kl / lengths).clamp(min=0).tolist(),  # rounding can leave a KL just below 0
-            (self._same / lengths).tolist(),
-            ((self._logprob[0] - self._logprob) / lengths).tolist(),
-            strict=True,
-        )
-        return [
-            [Scored(n, logprob, greedy, Fidelity(*rest)) for n, logprob, greedy, *rest in zip(counts, *of_policy, strict=True)]
-            for of_policy in columns
-        ]
 
 
 def _name(tokens: Sequence[int]) -> int:

@@ -46,6 +46,7 @@ def attend(
     heads = keys.shape[1]
     mass = torch.zeros((len(query), heads, columns), dtype=torch.float32, device=query.device)
     outs = []
+    here = slice(layer, layer + 1)
     start = 0
     for store in stores:
         rows = slice(start, start + len(store.seen))
@@ -60,7 +61,7 @@ def attend(
         shift = padding[rows].to(query.device)[:, None, None]
         for tier, received in zip(store.tiers, attention.mass[:-1], strict=True):
             if received is not None:  # what lies in unused slots received nothing: added anywhere, it changes nothing
-                column = (tier.positions()[layer] + shift).clamp(0, columns - 1)
+                column = (tier.positions(here)[0] + shift).clamp(0, columns - 1)
                 mass[rows].scatter_add_(2, column, received)
         if attention.mass[-1] is not None:
             mass[rows, :, -1] = attention.mass[-1][..., 0]
@@ -87,7 +88,7 @@ def _rotated(
     """The same segments with keys that are unpacked and stand where a re-indexed cache shows them."""
     here = slice(layer, layer + 1)
     slots = [tier.slots for tier in store.tiers]
-    positions = torch.cat([tier.positions()[layer] for tier in store.tiers], dim=2)
+    positions = torch.cat([tier.positions(here)[0] for tier in store.tiers], dim=2)
     used = torch.cat([tier.used() for tier in store.tiers], dim=1)
     gone = gone_after_slots(positions, used, store.seen).split(slots, dim=2)
     return [

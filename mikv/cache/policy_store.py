@@ -206,7 +206,7 @@ class PolicyStore:
     def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values
         float32 [l, B, H, S, D]."""
-        return [(tier.positions()[layers], tier.used(), *tier.read(layers)) for tier in self.tiers]
+        return [(tier.positions(layers), tier.used(), *tier.read(layers)) for tier in self.tiers]
 
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes by part, int64 [B]: raw (16-bit values), codes, scale, zero, positions, scores, balancer."""

@@ -81,12 +81,12 @@ class TierStore:
         """Slots that are allocated, used or not."""
         return self._shape[3]
 
-    def positions(self) -> Tensor:
-        """int64 [L, B, H, S]; of unused slots whatever lies there."""
+    def positions(self, layers: slice = slice(None)) -> Tensor:
+        """int64 [l, B, H, S] of some layers; of unused slots whatever lies there."""
         if self._with_positions:
-            return self.parts["positions"].squeeze(-1).long()
+            return self.parts["positions"][layers].squeeze(-1).long()
         shape = self._shape
-        return torch.arange(shape[3], device=next(iter(self.parts.values())).device).expand(shape[:4])
+        return torch.arange(shape[3], device=next(iter(self.parts.values())).device).expand(shape[:4])[layers]
 
     def scores(self) -> Tensor | None:
         """float32 [L, B, H, S], or None where none are stored."""

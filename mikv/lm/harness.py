@@ -20,12 +20,13 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
 from mikv.batches import Response
-from mikv.engine import Fidelity, Generation, Scores
+from mikv.engine import Generation, Scores
 from mikv.fingerprint import fingerprint
 from mikv.lm.humaneval import HUMANEVAL
 from mikv.lm.model import EncodedInstances, PanelLM
 from mikv.lm.tasks import Catalogue, build_requests
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer, locate
+from mikv.scoring import Fidelity
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
 # Documents of each task that a subset takes; None = all.

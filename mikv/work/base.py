@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mikv.batches import Request, Response
-from mikv.engine import Fidelity, Generation, Scores
+from mikv.engine import Generation, Scores
 from mikv.fingerprint import content_fingerprint
 from mikv.models.load import Loaded, ModelSpec
+from mikv.scoring import Fidelity
 from mikv.tasks.base import Task
 
 Row = dict[str, Any]
