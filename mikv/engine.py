@@ -24,6 +24,7 @@ from mikv.cache.prefill import PrefillCache, PrefillState
 from mikv.cache.reading import Reading, decide
 from mikv.decoding import Decoding, choose, penalized
 from mikv.importance.base import Observer
+from mikv.kernels.verify import verify
 from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
 from mikv.policy import Policy
 from mikv.randomness import uniform
@@ -145,6 +146,18 @@ class Engine:
             ValueError: what is asked for can't be done with this model.
         """
         return decide(self.reader, self.attention, self.model.device, self.model.dtype, lambda: self.geometry.head_dim)
+
+    def verify_kernels(self, panel: Sequence[Policy]) -> None:
+        """Before anything is measured: where Triton's kernels will read the caches of a panel, are they right on this machine?
+
+        Raises:
+            KernelsDisagree: they aren't.
+        """
+        if self.reading.attention == "triton":
+            shape = self.geometry
+            tiers = {(tier.k, tier.v) for policy in panel for tier in policy.tiers if not tier.evicted}
+            heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
+            verify(sorted(tiers | {(16, 16)}), *heads, self.model.dtype, self.model.device)
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = (), shared: int = 0) -> PrefillState:

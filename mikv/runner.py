@@ -15,7 +15,6 @@ from mikv.batches import Request, Response, serve
 from mikv.cache.reading import Reading, decide
 from mikv.engine import Engine
 from mikv.fingerprint import fingerprint
-from mikv.kernels.verify import verify
 from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load, load_geometry
@@ -189,9 +188,8 @@ def _answer(
     for tier in (tier for policy in run.panel for tier in policy.tiers):
         tier.group_size(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
     loaded = load(run.model)
-    if run.reading.attention == "triton":
-        _verify_kernels(run, loaded)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader, run.attention)
+    engine.verify_kernels(run.panel)
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
     stopping.heed()  # loading takes minutes
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
@@ -208,15 +206,6 @@ def _answer(
                 records.append(rows)
                 done.update((row["key"], row) for row in rows)
                 progress.update()
-
-
-def _verify_kernels(run: Run, loaded: Loaded) -> None:
-    """Refuse a machine on which the kernels that this run needs are wrong."""
-    shape = geometry(loaded.model.config)
-    tiers = {(tier.k, tier.v) for policy in run.panel for tier in policy.tiers if not tier.evicted}
-    verify(
-        sorted(tiers | {(16, 16)}), shape.query_heads, shape.kv_heads, shape.head_dim, loaded.model.dtype, loaded.model.device
-    )
 
 
 def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict[Unit, Encoded]:

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mikv.policy",
         "mikv.attention",
         "mikv.cache",
+        "mikv.kernels.verify",
         "mikv.models",
     ),
     "mikv.cache.reading": ("mikv.kernels", "mikv.policy"),
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.table": (),
     "mikv.runner": (
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
-        *("mikv.cache.reading", "mikv.kernels.verify"),
+        "mikv.cache.reading",
         *("mikv.work", "mikv.tasks", "mikv.metrics", "mikv.records", "mikv.stopping", "mikv.plots", "mikv.table"),
     ),
     "mikv.cli": (

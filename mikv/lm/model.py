@@ -100,6 +100,7 @@ class PanelLM(HFLM):
             )
         self._loaded, self._panel, self._seed = loaded, panel, seed
         self._engine = engine or Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0)
+        self._engine.verify_kernels(panel)
         self._window = min(window or loaded.max_tokens, loaded.max_tokens)
         self._head = min(head, self._window)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import NO_END, model, policy
 
+from mikv import engine as engine_module
+from mikv.engine import Engine
 from mikv.kernels import decode_launch, verify
 from mikv.kernels.segments import Attention
 
@@ -30,3 +33,15 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, broken: str)
     monkeypatch.setattr(decode_launch, "decode_attention", wrong)
     with pytest.raises(verify.KernelsDisagree, match=r"keys of 16 and values of 16 bits is wrong.*attention=reference"):
         verify.verify([(16, 16)], 2, 2, 64, torch.float16, CPU)
+
+
+@pytest.mark.parametrize("attention", ["triton", "reference"])
+def test_an_engine_asks_about_what_its_panel_stores(monkeypatch: pytest.MonkeyPatch, attention: str) -> None:
+    """Whoever serves a panel, a run or lm-eval's interface: each kind of tier once, and none where Triton does not read."""
+    asked: list[object] = []
+    monkeypatch.setattr(engine_module, "verify", lambda tiers, *rest: asked.append((tiers, *rest)))
+    shape = {"dtype": torch.float16, "head_dim": 32, "query_heads": 4, "kv_heads": 2}
+    panel = [policy("full"), policy("mikv"), policy("mikv", {"high.bits": 8}), policy("h2o")]
+    Engine(model(**shape), NO_END, 257, "kernel", attention).verify_kernels(panel)
+    wanted = ([(2, 2), (8, 8), (16, 16)], 4, 2, 32, torch.float16, CPU)
+    assert asked == ([wanted] if attention == "triton" else [])
