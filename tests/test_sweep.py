@@ -96,6 +96,16 @@ def test_an_unknown_error_is_a_failure_with_its_traceback_in_the_log(tmp_path: P
     assert (outcome["state"], outcome["reason"]) == ("failed", "KeyError: 'what'")
 
 
+@pytest.mark.parametrize(("code", "state"), [(-1, "stopped"), (3, "failed")])
+def test_a_job_that_submitit_requeued_while_nobody_heeded_the_signal_has_not_failed(
+    tmp_path: Path, code: int, state: str
+) -> None:
+    """A time limit while weights are loaded or a plot is drawn: submitit's handler leaves with -1, and the job comes again."""
+    with pytest.raises(SystemExit), noted(tmp_path, "a: 1\n"):
+        raise SystemExit(code)
+    assert json.loads((tmp_path / "outcome.json").read_text())["state"] == state
+
+
 def test_a_launcher_without_a_sweep_is_refused() -> None:
     assert "launcher=... launches sweeps: add -m" in run("run.py", "launcher=slurm", *TINY, status=2)
 

@@ -14,6 +14,10 @@ from pathlib import Path
 from mikv.stopping import Stopped
 from mikv.sweep.folder import Outcome, note_outcome
 
+# submitit's handler requeues the job and then leaves so; where nobody else heeds the signal (while weights are loaded, a plot
+# drawn) that is all there is to see of it.
+_SUBMITIT_REQUEUED = -1
+
 
 @contextmanager
 def noted(job: Path, config: str) -> Iterator[Callable[[Path], None]]:
@@ -58,6 +62,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     # submitit's handler leaves by SystemExit while Stopped is handled
     if isinstance(cause, Stopped) or isinstance(cause.__context__, Stopped):
         return "stopped", str(cause if isinstance(cause, Stopped) else cause.__context__)
+    if isinstance(cause, SystemExit) and cause.code == _SUBMITIT_REQUEUED:
+        return "stopped", "told to stop before or after its batches"
     if isinstance(cause, SystemExit):
         return "failed", f"the program ended itself with status {cause.code}"
     message = str(cause).strip() or type(cause).__name__
