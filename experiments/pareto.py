@@ -3,9 +3,9 @@
 python -m experiments.pareto model=smollm2-recall
 python -m experiments.pareto model=llama2-7b "tasks=linerecall task.lines=40,mmlu task.subset=tiny,gsm8k,fidelity"
 
-`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task (name=x
-becomes x-linerecall, ...). Which
-policies are on the Pareto front (no other one is as good with fewer bytes) is printed, and drawn as a dashed line.
+`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task (name=x as
+name=x-linerecall, ...). Which policies are on the Pareto front (no other one is as good with fewer bytes) is printed, and drawn as
+a dashed line.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("tasks=", "figures=")))
-    common = [argument for argument in arguments if not argument.startswith(("tasks=", "figures=", "name="))]
-    names = [argument for argument in arguments if argument.startswith("name=")]
+    mine = ("tasks=", "figures=", "name=")
+    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(mine))
+    common = [argument for argument in arguments if not argument.startswith(mine)]
     rows: list[Row] = []
     for entry in given.get("tasks", TASKS).split(","):
-        name, *own = entry.split()
-        rows += points(run("pareto", f"task={name}", *common, *own, *(f"{given}-{name}" for given in names)).summary)
+        task, *own = entry.split()
+        folder = [f"name={given['name']}-{task}"] if "name" in given else []
+        rows += points(run("pareto", f"task={task}", *common, *own, *folder).summary)
     show(front_table(rows))
     for file in draw(rows, Path(given.get("figures", FIGURES))):
         print(f"figure   {file}")

@@ -153,7 +153,7 @@ class Engine:
         Raises:
             KernelsDisagree: they aren't.
         """
-        if self.reading.attention == "triton":
+        if panel and self.reading.attention == "triton":
             shape = self.geometry
             tiers = {(tier.k, tier.v) for policy in panel for tier in policy.tiers if not tier.evicted}
             heads = (shape.query_heads, shape.kv_heads, shape.head_dim)

@@ -81,6 +81,7 @@ class Run:
 
     @cached_property
     def reading(self) -> Reading:
+        """How caches will be read, known before the weights are: it is a part of the identity."""
         device, dtype = self.model.resolve_device(), self.model.resolve_dtype()
         return decide(self.reader, self.attention, device, dtype, lambda: load_geometry(self.model).head_dim)
 

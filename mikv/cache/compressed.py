@@ -5,7 +5,7 @@ The packed stores are the truth: what they hold is what is counted and what is r
     working   a dense copy stands beside the store; each token is dequantized once, when it enters its tier. On a CPU
               unpacking every code at every step costs more than it saves. It costs memory: use it to evaluate.
     packed    the store is unpacked for every layer at every step, nothing dense is kept.
-    kernel    mikv.kernels reads the packed tiers where they lie. The least memory, and on a GPU the fastest.
+    kernel    mikv.kernels reads the packed tiers where they lie, with the least memory.
 
 The first two give the same answers bit for bit, because the same attention runs on the same numbers in the same places; the
 kernels add up in another order, and Triton's round queries and probabilities to 16 bits.

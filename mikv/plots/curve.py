@@ -66,10 +66,7 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     # a little up and right of the point, in pixels: the scale may be logarithmic
     starts = [ax.transData.inverted().transform(point + 9) for point in points]
     texts = [
-        ax.text(
-            *start, row["label"].replace(row["policy"], "").strip() or row["policy"], fontsize=7, color=look(row["policy"])[0]
-        )
-        for start, row in zip(starts, rows, strict=True)
+        ax.text(*start, _short(row), fontsize=7, color=look(row["policy"])[0]) for start, row in zip(starts, rows, strict=True)
     ]
     for push in _PUSHES:
         force, step = push

@@ -50,6 +50,13 @@ def test_a_wrong_kernel_is_noticed(
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_no_number_is_no_agreement(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MODELS", SMALL)
+    errors = iter([(0.0, 0.0), (float("nan"), 0.0), *[(0.0, 0.0)] * (len(bench.CACHES) - 2)])
+    monkeypatch.setattr(verify, "decode_errors", lambda *_: next(errors))
+    assert not bench.correct(CPU, (20,))
+
+
 def test_what_is_timed_on_a_gpu_runs(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CACHES", {"2": [(1.0, 2, 2)], "20% 16, 2": [(0.2, 16, 16), (0.8, 2, 2)]})
     copy = bench.copy_bandwidth(CPU, 2**16)
