@@ -3,9 +3,9 @@
 python -m experiments.pareto model=smollm2-recall
 python -m experiments.pareto model=llama2-7b "tasks=linerecall task.lines=40,mmlu task.subset=tiny,gsm8k,fidelity"
 
-`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task (name=x as
-name=x-linerecall, ...). Which policies are on the Pareto front (no other one is as good with fewer bytes) is printed, and drawn as
-a dashed line.
+`tasks` lists them, with a comma between two; overrides behind a task's name are its own, all others go to every task (name=x
+as name=x-linerecall, ...). Which policies are on the Pareto front (no other one is as good with fewer bytes) is printed, and
+drawn as a dashed line.
 """
 
 from __future__ import annotations
