@@ -19,7 +19,7 @@ from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.tier_store import Pairs, TierStore
 from mikv.policy import Policy
 from mikv.quant.balance import balancer
-from mikv.types import at, layer_chunks
+from mikv.types import layer_chunks, taken
 
 
 class Change(NamedTuple):
@@ -98,12 +98,12 @@ class PolicyStore:
 
         def chunks() -> Iterator[Pairs]:
             for layers in layer_chunks(bank.keys.shape):
-                where = at(bank.keys[layers].shape, columns[layers])
+                where = columns[layers]
                 yield Pairs(
-                    bank.keys[layers][where],
-                    bank.values[layers][where],
-                    positions[layers][where],
-                    None if scores is None else scores[layers][where],
+                    taken(bank.keys[layers], where),
+                    taken(bank.values[layers], where),
+                    positions[layers].gather(3, where),
+                    None if scores is None else scores[layers].gather(3, where),
                 )
 
         last = index == len(self.policy.tiers) - 1

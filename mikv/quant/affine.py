@@ -38,7 +38,8 @@ def quantize(x: Tensor, bits: int, group: int) -> Quantized:
     low, high = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)  # aminmax is slower
     zero = low.to(torch.float16)
     scale = ((high - zero) / levels).to(torch.float16).clamp(min=MIN_SCALE)
-    codes = ((grouped - zero) / scale.to(torch.float32)).round_().clamp_(0, levels)
+    # in place: `grouped` is a copy already, and fresh memory costs as much as the arithmetic
+    codes = grouped.sub_(zero.to(torch.float32)).div_(scale.to(torch.float32)).round_().clamp_(0, levels)
     return Quantized(codes.to(torch.uint8).flatten(-2), scale.squeeze(-1), zero.squeeze(-1))
 
 
@@ -46,5 +47,5 @@ def dequantize(q: Quantized) -> Tensor:
     """float32 [..., D] of `quantize`'s output."""
     groups = q.scale.shape[-1]
     codes = q.codes.to(torch.float32).unflatten(-1, (groups, -1))
-    x = codes * q.scale.unsqueeze(-1).float() + q.zero.unsqueeze(-1).float()
+    x = codes.mul_(q.scale.unsqueeze(-1).float()).add_(q.zero.unsqueeze(-1).float())
     return x.clamp_(-FP16_MAX, FP16_MAX).flatten(-2)  # a scale that was rounded up may lead a little beyond
