@@ -7,7 +7,7 @@ model's dtype, softmax in float32, probabilities back to the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,32 +58,22 @@ def causal_attention(
     return out.reshape(batch, query_heads, queries, -1).transpose(1, 2)
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    present: Tensor,
-    scaling: float,
-    replace: Sequence[tuple[slice, Tensor]] = (),
-) -> tuple[Tensor, Tensor]:
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, present: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """One query per row over a cache with absent columns (padding, evicted tokens).
 
     Args:
         query: [R, Hq, 1, D].
         key, value: [R, H, S, D].
-        present: bool [R, H, S]; at least one column of each row and head.
+        present: bool [R, H or 1, S]; at least one column of each row and head.
         scaling: factor of the scores.
-        replace: rows whose keys are others than `key` says, and these keys [rows, H, S, D].
 
     Returns:
         The output [R, 1, Hq, D], and the attention mass each column received, summed over the query heads of its group:
         float32 [R, H, S], exactly 0 where absent.
     """
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [R, H, G, D]
-    scores = torch.matmul(grouped, key.transpose(2, 3))
-    for rows, other in replace:
-        scores[rows] = torch.matmul(grouped[rows], other.transpose(2, 3))
-    scores = (scores * scaling).masked_fill_(~present[:, :, None, :], -torch.inf)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).mul_(scaling)
+    scores.masked_fill_(~present[:, :, None, :], -torch.inf)
     probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
     out = torch.matmul(probs.to(value.dtype), value)
     return out.flatten(1, 2).unsqueeze(1), probs.sum(dim=2)

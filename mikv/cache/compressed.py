@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mikv.attention.reference import decode_attention
-from mikv.cache import kernel_read
-from mikv.cache.policy_store import Change, PolicyStore
+from mikv.cache.dense import Prompts, dense_readers
+from mikv.cache.kernel_read import KernelReader
+from mikv.cache.policy_store import PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
+from mikv.cache.reader import Reader
 from mikv.cache.reading import Reading
-from mikv.cache.reindex import Reindex, gone_after_columns
+from mikv.cache.reindex import Reindex
 from mikv.policy import Policy
-from mikv.types import at, layer_chunks
-
-# Columns are added in steps of this many when a decode runs on.
-_GROW = 64
 
 
 class Usage(NamedTuple):
@@ -167,7 +165,7 @@ class CompressedCache(Cache):
 
 
 class _Bank:
-    """The layers of one device: their stores, and what a decode step leaves behind."""
+    """The layers of one device: their stores, who reads them, and the pair of the step that is under way."""
 
     def __init__(
         self,
@@ -182,19 +180,24 @@ class _Bank:
         self.layers = bank.layers
         self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels) for policy in panel]
         self.columns = state.lengths.width
-        self.padding = state.lengths.padding.repeat(len(panel))  # int64 [R]
+        padding = state.lengths.padding.repeat(len(panel))
         layers, _, heads, _, dim = bank.keys.shape
-        self.keys = bank.keys.new_zeros((layers, len(self.padding), heads, dim))  # of the step that is under way
+        self.keys = bank.keys.new_zeros((layers, len(padding), heads, dim))
         self.values = torch.zeros_like(self.keys)
-        self.mass: list[Tensor] = []
-        self._reindex = None if inv_freq is None else Reindex(inv_freq)
-        self._reading = reading
-        self._workspace = workspace
-        self.working: _Dense | None = None
-        if reading.reader == "working":
-            self.working = self._dense(layers)
-            for chunk in layer_chunks(bank.keys.shape):
-                self._fill(self.working, chunk, chunk)
+        reindex = None if inv_freq is None else Reindex(inv_freq)
+        if reading.reader == "kernel":
+            self.readers: Sequence[Reader] = [KernelReader(self.stores, reading.attention, reindex)]
+        else:
+            prompt = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
+            memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
+            self.readers = dense_readers(self.stores, prompt, reading.reader == "working", memory, reindex)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Which rows each reader reads, and the order in which all of theirs follow each other."""
+        places = {store: torch.arange(rows.start, rows.stop) for store, rows in self.rows()}
+        self._rows = [torch.cat([places[store] for store in reader.stores]) for reader in self.readers]
+        self._order = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows]).argsort().to(self.keys.device)
 
     def rows(self) -> Iterator[tuple[PolicyStore, slice]]:
         """Each policy's store and its rows."""
@@ -206,144 +209,34 @@ class _Bank:
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """One decode step of one layer; the new pair is in self.keys / self.values."""
-        read = self._attend_in_place if self._reading.reader == "kernel" else self._attend_dense
-        out, mass = read(layer, query, scaling)
-        self.mass.append(mass)
-        return out
-
-    def _attend_in_place(self, layer: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        newest, columns = (self.keys[layer], self.values[layer]), self.columns + 1
-        return kernel_read.attend(
-            self.stores, layer, query, *newest, scaling, self.padding, columns, self._reading.attention, self._reindex
-        )
-
-    def _attend_dense(self, layer: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        if self.working is None:
-            dense, index = self._dense(1), 0
-            self._fill(dense, slice(layer, layer + 1), slice(None))
-        else:
-            dense, index = self.working, layer
-        dense.write_newest(index, self.columns, self.keys[layer], self.values[layer])
-        keys, values, present = dense.view(index, self.columns + 1)
-        replace = []
-        for store, rows in self.rows():
-            if store.policy.positions == "contiguous":
-                assert self._reindex is not None
-                gone = gone_after_columns(present[rows], self.padding[rows])
-                replace.append((rows, self._reindex(keys[rows], gone, self.columns)))
-        return decode_attention(query, keys, values, present, scaling, replace)
+        keys, values = self.keys[layer], self.values[layer]
+        if len(self.readers) == 1:
+            return self.readers[0].attend(layer, query, keys, values, scaling)
+        outs = []
+        for reader, rows in zip(self.readers, self._rows, strict=True):
+            there = rows.to(query.device)
+            outs.append(reader.attend(layer, query[there], keys[there], values[there], scaling))
+        return torch.cat(outs)[self._order]
 
     def end_step(self, active: Tensor) -> None:
-        mass = torch.stack(self.mass)
-        self.mass = []
         self.columns += 1
-        if self.working is not None:
-            self.working.reserve(self.columns + 1)
-        for store, rows in self.rows():
-            padding = self.padding[rows]
-            changes = store.step(self.keys[:, rows], self.values[:, rows], mass[:, rows], padding, active[rows])
-            if self.working is not None:
-                for change in changes:
-                    self.working.apply(rows, change, padding)
+        for reader, rows in zip(self.readers, self._rows, strict=True):
+            there = rows.to(self.keys.device)
+            reader.end_step(self.keys[:, there], self.values[:, there], active[rows])
 
     def fork(self, rows: Tensor) -> _Bank:
         forked = copy.copy(self)
-        forked.mass = []
-        forked.stores = []
+        forks: dict[PolicyStore, tuple[PolicyStore, Tensor]] = {}
         for store, mine in self.rows():
             local = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
             if len(local):
-                forked.stores.append(store.fork(local))
-        forked.padding = self.padding[rows]
+                forks[store] = store.fork(local), local
+        forked.stores = [store for store, _ in forks.values()]
         there = rows.to(self.keys.device)
         forked.keys, forked.values = self.keys[:, there], self.values[:, there]
-        if self.working is not None:
-            forked.working = self.working.select(there)
+        forked.readers = [reader.fork(forks) for reader in self.readers if any(store in forks for store in reader.stores)]
+        forked._arrange()
         return forked
-
-    def _dense(self, layers: int) -> _Dense:
-        _, rows, heads, dim = self.keys.shape
-        shape = (layers, rows, heads, 1 + self.columns + 1 + _GROW, dim)
-        return _Dense(shape, self.keys.dtype, self.keys.device, self._workspace)
-
-    def _fill(self, dense: _Dense, layers: slice, into: slice) -> None:
-        """Write some layers of all stores into layers of a dense copy."""
-        for store, rows in self.rows():
-            for positions, used, keys, values in store.read(layers):
-                dense.write(into, rows, positions, used, keys, values, self.padding[rows])
-
-
-class _Dense:
-    """Dequantized pairs in the order of columns: keys, values [L, R, H, 1 + S, D], present [L, R, H, 1 + S].
-
-    The first column is a scratch place for writes that must go nowhere (unused slots, rows that have ended), so that
-    every write is one scatter; it is never attended.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, workspace: Workspace) -> None:
-        self.keys = workspace.take("keys", shape, dtype, device)
-        self.values = workspace.take("values", shape, dtype, device)
-        self.present = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
-
-    def view(self, layer: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `columns` columns of a layer: [R, H, S, D] twice, bool [R, H, S]."""
-        here = slice(1, 1 + columns)
-        return self.keys[layer, :, :, here], self.values[layer, :, :, here], self.present[layer, :, :, here]
-
-    def reserve(self, columns: int) -> None:
-        have = self.keys.shape[3] - 1
-        if columns <= have:
-            return
-        more = columns - have + _GROW
-        self.keys = _extend(self.keys, more)
-        self.values = _extend(self.values, more)
-        self.present = _extend(self.present, more)
-
-    def select(self, rows: Tensor) -> _Dense:
-        """A copy of its own with some of the rows (int64)."""
-        selected = copy.copy(self)
-        selected.keys, selected.values = self.keys[:, rows], self.values[:, rows]
-        selected.present = self.present[:, rows]
-        return selected
-
-    def write_newest(self, layer: int, column: int, keys: Tensor, values: Tensor) -> None:
-        """The pair of the step under way: [R, H, D]."""
-        self.keys[layer, :, :, 1 + column] = keys
-        self.values[layer, :, :, 1 + column] = values
-        self.present[layer, :, :, 1 + column] = True
-
-    def write(
-        self,
-        layers: slice,
-        rows: slice,
-        positions: Tensor,
-        used: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor,
-    ) -> None:
-        """Slots of a store: positions [l, B, H, S], used bool [B, S], keys and values [l, B, H, S, D]."""
-        device = self.keys.device
-        columns = 1 + positions + padding.to(device)[None, :, None, None]
-        where = at(keys.shape, torch.where(used.to(device)[None, :, None, :], columns, 0))
-        self.keys[layers, rows][where] = keys.to(self.keys.dtype)
-        self.values[layers, rows][where] = values.to(self.values.dtype)
-        self.present[layers, rows][where] = True
-
-    def apply(self, rows: slice, change: Change, padding: Tensor) -> None:
-        """One token per layer, row and head is rewritten, or goes."""
-        device = self.keys.device
-        columns = 1 + change.positions + padding.to(device)[None, :, None]
-        where = at(columns.shape, torch.where(change.where, columns, 0))
-        if change.keys is None or change.values is None:
-            self.present[:, rows][where] = False
-            return
-        self.keys[:, rows][where] = change.keys.to(self.keys.dtype)
-        self.values[:, rows][where] = change.values.to(self.values.dtype)
-
-
-def _extend(x: Tensor, more: int) -> Tensor:
-    return torch.cat((x, x.new_zeros((*x.shape[:3], more, *x.shape[4:]))), dim=3)
 
 
 class _CompressedLayer(CacheLayerMixin):

@@ -9,7 +9,7 @@ INT2) is quantized from what that tier still knows of it, at most once per tier.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +23,22 @@ from mikv.types import layer_chunks, taken
 
 
 class Change(NamedTuple):
-    """A token whose stored value changed: positions int64 [L, B, H]; keys, values float32 [L, B, H, D], or None where it
-    was evicted; where bool [L, B, H]: whether it happened at all."""
+    """A token whose stored value changed: positions int64 [L, B, H]; where bool [L, B, H]: whether it happened at all; keys,
+    values float32 [L, B, H, D], and slots int64 [L, B, H] of its tier, or None where it was evicted."""
 
     positions: Tensor
-    keys: Tensor | None
-    values: Tensor | None
     where: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    slots: Tensor | None = None
+
+
+class Received(NamedTuple):
+    """The attention that tokens received in a step, float32, for a policy that cares: of each tier's slots [L, B, H, S] (None
+    where no scores are stored; of unused slots anything), and of the newest token [L, B, H]."""
+
+    tiers: Sequence[Tensor | None] = ()
+    newest: Tensor | None = None
 
 
 def _lowest(value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +128,12 @@ class PolicyStore:
             packing=self._packing,
         )
 
-    def step(self, keys: Tensor, values: Tensor, mass: Tensor, padding: Tensor, active: Tensor) -> list[Change]:
+    def step(self, keys: Tensor, values: Tensor, received: Received, active: Tensor) -> list[Change]:
         """Take in the token of a decode step, after its attention.
 
         Args:
             keys, values: exact [L, B, H, D] of the new token.
-            mass: float32 [L, B, H, S], attention each column received in this step; its last column is the new token.
-            padding: int64 [B], column = position + padding.
+            received: in this step; may be empty without importance.
             active: bool [B] on the CPU; other rows have ended and stay as they are.
 
         Returns:
@@ -133,16 +141,16 @@ class PolicyStore:
         """
         policy, device = self.policy, keys.device
         positions = self.seen.to(device)
-        padding = padding.to(device)[None, :, None, None]
         entry = None
         if policy.importance is not None:
-            for tier in self.tiers:
+            assert received.newest is not None
+            for tier, mass in zip(self.tiers, received.tiers, strict=True):
                 scores = tier.scores()
                 if scores is not None:
-                    columns = (tier.positions() + padding).clamp(0, mass.shape[-1] - 1)  # unused slots: anything
-                    tier.set_scores(policy.importance.decode(scores, mass.gather(3, columns)))
+                    assert mass is not None
+                    tier.set_scores(policy.importance.decode(scores, mass))
             entry = policy.importance.entry(self._layers, self._rows, positions, self._heads)
-            entry = policy.importance.decode(entry, mass[..., -1])
+            entry = policy.importance.decode(entry, received.newest)
         incoming = Pairs(keys, values, positions[None, :, None].expand(keys.shape[:3]), entry)
         arriving = active
         self.seen = self.seen + active  # never in place: what was handed out keeps its value
@@ -157,7 +165,7 @@ class PolicyStore:
             arriving = leaving
         if policy.evicts and arriving.any():
             gone = arriving.to(device)[None, :, None].expand(keys.shape[:3])
-            changes.append(Change(incoming.positions, None, None, gone))
+            changes.append(Change(incoming.positions, gone))
         return changes
 
     def _settle(self, tier: TierStore, incoming: Pairs, arriving: Tensor, leaving: Tensor) -> tuple[Change, Pairs]:
@@ -180,7 +188,7 @@ class PolicyStore:
             mine = self.policy.priority(incoming.scores, incoming.positions, seen, first_quota)
             lower = (mine < least) | ((mine == least) & (incoming.positions < at_position))
             rejected = lower & (arriving & leaving).to(device)[None, :, None]
-        stored, taken = tier.exchange(incoming, slot, arriving, leaving, rejected)
+        stored, slots, taken = tier.exchange(incoming, slot, arriving, leaving, rejected)
         outgoing = Pairs(
             torch.where(rejected[..., None], incoming.keys.float(), taken.keys),
             torch.where(rejected[..., None], incoming.values.float(), taken.values),
@@ -188,7 +196,7 @@ class PolicyStore:
             None if taken.scores is None or incoming.scores is None else torch.where(rejected, incoming.scores, taken.scores),
         )
         here = arriving.to(device)[None, :, None] & ~rejected
-        return Change(incoming.positions, *stored, here), outgoing
+        return Change(incoming.positions, here, *stored, slots), outgoing
 
     def _budget_lengths(self) -> Tensor:
         return self.seen if self.policy.budget == "ratio" else self._prompt_lengths

@@ -39,9 +39,9 @@ def gone_after_columns(present: Tensor, padding: Tensor) -> Tensor:
 
 
 def gone_after_slots(positions: Tensor, used: Tensor, seen: Tensor) -> Tensor:
-    """The same of slots in any order, int64 [B, H, S]; 0 for unused ones.
+    """The same of slots in any order, int64 [..., B, H, S]; 0 for unused ones.
 
-    positions: int64 [B, H, S], those of the tokens that are held; used: bool [B, S]; seen: int64 [B], tokens seen so far.
+    positions: int64 [..., B, H, S], those of the tokens that are held; used: bool [B, S]; seen: int64 [B], tokens seen so far.
     """
     used, seen = (x.to(positions.device) for x in (used, seen))
     held = used[:, None].expand(positions.shape)

@@ -59,7 +59,7 @@ class TierStore:
         self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
         self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
         self._balancer = balancer if tier.k < 16 else None
-        self._with_positions, self._with_scores = with_positions, with_scores
+        self._with_positions, self.with_scores = with_positions, with_scores
         self._packing = packing
         self.tier = tier
         self.count = count.clone()
@@ -77,6 +77,10 @@ class TierStore:
         return self._balancer
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
     def slots(self) -> int:
         """Slots that are allocated, used or not."""
         return self._shape[3]
@@ -86,11 +90,11 @@ class TierStore:
         if self._with_positions:
             return self.parts["positions"][layers].squeeze(-1).long()
         shape = self._shape
-        return torch.arange(shape[3], device=next(iter(self.parts.values())).device).expand(shape[:4])[layers]
+        return torch.arange(shape[3], device=self.device).expand(shape[:4])[layers]
 
     def scores(self) -> Tensor | None:
         """float32 [L, B, H, S], or None where none are stored."""
-        return self.parts["scores"].squeeze(-1) if self._with_scores else None
+        return self.parts["scores"].squeeze(-1) if self.with_scores else None
 
     def set_scores(self, scores: Tensor) -> None:
         self.parts["scores"] = scores.unsqueeze(-1)
@@ -105,7 +109,7 @@ class TierStore:
 
     def exchange(
         self, incoming: Pairs, slot: Tensor, arriving: Tensor, leaving: Tensor, rejected: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], Pairs]:
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Pairs]:
         """One token comes, one goes, per layer and head of each row.
 
         Args:
@@ -115,8 +119,8 @@ class TierStore:
             rejected: bool [L, B, H]: the incoming token is the one that goes; nothing is stored here.
 
         Returns:
-            Keys and values of the incoming token as they are read back, float32 [L, B, H, D], and the token that was in
-            `slot`, dequantized.
+            Keys and values of the incoming token as they are read back, float32 [L, B, H, D]; where it was put, int64
+            [L, B, H] (an unused slot, where it was not to be stored); and the token that was in `slot`, dequantized.
         """
         if self._longest == self.slots:
             self._grow()
@@ -131,7 +135,8 @@ class TierStore:
         self.count = self.count - emptied.long()
         # what must not be stored is written too, behind the last used slot: that slot stays unused
         replaces = (arriving & leaving).to(device)[None, :, None] & ~rejected
-        target = at(self._shape, torch.where(replaces, slot, self.count.to(device)[None, :, None]))
+        slots = torch.where(replaces, slot, self.count.to(device)[None, :, None])
+        target = at(self._shape, slots)
         encoded = self._encode(Pairs(*(None if x is None else x.unsqueeze(3) for x in incoming)))  # type: ignore[arg-type]
         for name, part in encoded.items():
             self.parts[name][target] = part.squeeze(3)
@@ -139,19 +144,19 @@ class TierStore:
         self.count = self.count + appended.long()
         self._longest += int(appended.any())
         keys, values = self._decode(encoded)
-        return (keys.squeeze(3), values.squeeze(3)), self._pairs(taken)
+        return (keys.squeeze(3), values.squeeze(3)), slots, self._pairs(taken)
 
     def _pairs(self, one_slot: Parts) -> Pairs:
         """Dequantized pairs [L, B, H, ...] of parts [L, B, H, 1, *]."""
         keys, values = self._decode(one_slot)
         positions = one_slot["positions"].long().flatten(2) if self._with_positions else self.positions()[..., 0]
-        scores = one_slot["scores"].flatten(2) if self._with_scores else None
+        scores = one_slot["scores"].flatten(2) if self.with_scores else None
         return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
 
     def fork(self, rows: Tensor) -> TierStore:
         """A store of its own with some of the rows (int64, CPU; one may come several times)."""
         forked = copy.copy(self)
-        there = rows.to(next(iter(self.parts.values())).device)
+        there = rows.to(self.device)
         forked.parts = {name: part[:, there] for name, part in self.parts.items()}
         forked.count = self.count[rows]
         if self._balancer is not None:
@@ -175,7 +180,7 @@ class TierStore:
         parts |= {f"values.{name}": part for name, part in self._stored(self._value_codec, pairs.values, None).items()}
         if self._with_positions:
             parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
-        if self._with_scores:
+        if self.with_scores:
             assert pairs.scores is not None
             parts["scores"] = pairs.scores.unsqueeze(-1)
         return parts
@@ -206,7 +211,7 @@ class TierStore:
     def _index(self, slot: Tensor) -> Index:
         """Index of one slot per row (int64 [B]), the same for all layers and heads."""
         shape = self._shape
-        device = next(iter(self.parts.values())).device
+        device = self.device
         return at(shape, slot.to(device)[None, :, None].expand(shape[:3]))
 
     def _grow(self) -> None:

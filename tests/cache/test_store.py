@@ -11,8 +11,8 @@ from conftest import engine, tokens
 from baselines.h2o import h2o
 from baselines.streaming_llm import streaming_llm
 from mikv.cache.compressed import CompressedCache
-from mikv.cache.policy_store import PolicyStore
-from mikv.cache.reindex import gone_after_columns
+from mikv.cache.policy_store import PolicyStore, Received
+from mikv.cache.reindex import Reindex
 from mikv.config import policy
 from mikv.importance.scores import Accumulated
 from mikv.mikv import mikv
@@ -82,23 +82,30 @@ def test_demotion_is_that_of_a_cache_made_of_lists(chosen: Policy) -> None:
         (layer, row, head): ListCache(chosen, observed[layer, row, head, 31 - len(contexts[row]) :].tolist())
         for layer, row, head in places
     }
-    seen_mass: list[torch.Tensor] = []
-    step_of_store = bank.stores[0].step
+    seen: list[dict[tuple[int, int, int], dict[int, float]]] = []  # attention by position
+    store = bank.stores[0]
+    step_of_store = store.step
 
-    def spy(keys: torch.Tensor, values: torch.Tensor, mass: torch.Tensor, *rest: torch.Tensor) -> object:
-        seen_mass.append(mass.clone())
-        return step_of_store(keys, values, mass, *rest)
+    def spy(keys: torch.Tensor, values: torch.Tensor, received: Received, active: torch.Tensor) -> object:
+        assert received.newest is not None
+        seen.append({place: {int(store.seen[place[1]]): float(received.newest[place])} for place in places})
+        for tier, mass in zip(store.tiers, received.tiers, strict=True):
+            if mass is not None:
+                for place in places:
+                    used = int(tier.count[place[1]])
+                    seen[-1][place].update(
+                        zip(tier.positions()[place][:used].tolist(), mass[place][:used].tolist(), strict=True)
+                    )
+        return step_of_store(keys, values, received, active)
 
-    bank.stores[0].step = spy  # type: ignore[method-assign,assignment]
+    store.step = spy  # type: ignore[method-assign,assignment]
     positions = torch.tensor([31, 18])
     for step in range(40):
         run.step(cache, torch.tensor(tokens(2, seed=step)), positions, torch.ones(2, dtype=torch.bool))
         positions = positions + 1
         for (layer, row, head), lists in reference.items():
-            padding = 31 - len(contexts[row])
-            mass = seen_mass[-1][layer, row, head].tolist()
-            lists.step({column - padding: value for column, value in enumerate(mass) if column >= padding})
-            stored = members(bank.stores[0], layer, row, head)
+            lists.step(seen[-1][layer, row, head])
+            stored = members(store, layer, row, head)
             assert stored == lists.tiers[: len(stored)], (step, layer, row, head)
 
 
@@ -166,26 +173,30 @@ def test_full_and_evicting_policies_store_no_balancer() -> None:
     assert store.balancer is None
 
 
-def test_contiguous_positions_are_those_of_a_recomputed_rope() -> None:
+@pytest.mark.parametrize("reader", ["working", "packed", "kernel"])
+def test_contiguous_positions_are_those_of_a_recomputed_rope(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """StreamingLLM: re-indexed keys equal keys that were rotated by their place in the cache (trap T20)."""
-    run = engine()
+    run = engine(reader)
     ids = tokens(50)
     chosen = streaming_llm(keep=0.3, sinks=4, positions="contiguous")
-    cache, store = start(chosen, [ids])
-    bank = cache.banks[0]
+    cache, store = start(chosen, [ids], reader)
     run.step(cache, torch.tensor([3]), torch.tensor([50]), torch.ones(1, dtype=torch.bool))
-    kept = sorted(members(store, 0, 0, 0)[0])
-    assert bank.working is not None
-    assert bank._reindex is not None
-    keys, _, present = bank.working.view(0, 51)
-    mine = bank._reindex(keys, gone_after_columns(present, bank.padding), 51)[0, 0][kept]
+    (tier,) = store.tiers
+    slots, used = tier.slots, int(tier.count[0])
+    held = tier.positions()[0, 0, 0, :used]
+    shown: list[torch.Tensor] = []
+    rotate = Reindex.__call__
+    monkeypatch.setattr(Reindex, "__call__", lambda *args: (shown.append(rotate(*args)), shown[-1])[1])
+    run.step(cache, torch.tensor([5]), torch.tensor([51]), torch.ones(1, dtype=torch.bool))
+    mine = shown[0][0, 0, -slots:][held.argsort()]  # of the first layer, in order
+    kept = sorted(held.tolist())
 
     decoder = run.model.get_decoder()
     with torch.inference_mode():
         hidden = decoder.layers[0].input_layernorm(decoder.embed_tokens(torch.tensor([[*ids, 3]])))
         bare = decoder.layers[0].self_attn.k_proj(hidden)[0].unflatten(-1, (2, 16))[kept, 0]
-        # the query stands at 50; inside the cache it has index len(kept) - 1: what counts is the distance
-        places = torch.arange(len(kept))[None] + 50 - (len(kept) - 1)
+        # the query stands at 51; inside the cache it has index len(kept): what counts is the distance
+        places = torch.arange(len(kept))[None] + 51 - len(kept)
         cos, sin = decoder.rotary_emb(bare, places)
     left, right = bare.chunk(2, dim=-1)
     wanted = bare * cos[0] + torch.cat((-right, left), dim=-1) * sin[0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import engine, tokens
 
-from mikv.cache.kernel_read import attend
+from mikv.cache.kernel_read import KernelReader
+from mikv.cache.policy_store import Received
 from mikv.mikv import mikv
 from mikv.policy import Policy
 from mikv.types import Tier
@@ -35,24 +36,23 @@ def test_attention_and_scores_of_a_compressed_cache(implementation: str | None) 
     bank = cache.banks[0]
     bank.keys.normal_(generator=torch.Generator().manual_seed(0))
     bank.values.normal_(generator=torch.Generator().manual_seed(1))
+    (dense,), kernels = bank.readers, KernelReader(bank.stores, implementation)
+    tolerance = TOLERANCE[implementation]
     query = torch.randn((rows, 4, 1, 32), generator=torch.Generator().manual_seed(2)).to(dtype)
     for layer in range(len(bank.layers)):
-        wanted = bank.attend(layer, query, 0.3)
-        wanted_mass = bank.mass.pop()
-        out, mass = attend(
-            bank.stores, layer, query, bank.keys[layer], bank.values[layer], 0.3, bank.padding, bank.columns + 1, implementation
-        )
-        tolerance = TOLERANCE[implementation]
+        wanted = dense.attend(layer, query, bank.keys[layer], bank.values[layer], 0.3)
+        out = kernels.attend(layer, query, bank.keys[layer], bank.values[layer], 0.3)
         assert (out.float() - wanted.float()).abs().max() <= tolerance
-        # a score is wanted of the first tier and of the newest token; elsewhere mass stays 0
-        for store, mine in bank.rows():
-            first = store.tiers[0]
-            column = first.positions()[layer] + bank.padding[mine][:, None, None]
-            used = first.used()[:, None].expand(column.shape)
-            column = torch.where(used, column, bank.columns)
-            error = (mass[mine].gather(2, column) - wanted_mass[mine].gather(2, column)).abs()
-            assert error.max() <= tolerance
-            assert mass[mine].gather(2, column).sum() > 0.1
+    # a score is wanted of the first tier and of the newest token
+    for i, (store, rows) in enumerate(bank.rows()):
+        mine, theirs = kernels._received(i, rows), dense._received(i, rows)
+        assert mine.newest is not None
+        assert theirs.newest is not None
+        assert (mine.newest - theirs.newest).abs().max() <= tolerance
+        assert [x is None for x in mine.tiers] == [x is None for x in theirs.tiers] == [False, True]
+        used = store.tiers[0].used()[None, :, None].expand(mine.tiers[0].shape)  # type: ignore[union-attr]
+        assert (mine.tiers[0] - theirs.tiers[0])[used].abs().max() <= tolerance  # type: ignore[operator]
+        assert mine.tiers[0][used].sum() > 0.1  # type: ignore[index]
 
 
 def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,8 @@ def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -
     policy = Policy(name="recent", label="recent", tiers=(Tier(16), Tier(4)), shares=(0.5,))
     bank = run.compress(run.prefill([tokens(9)]), [policy]).banks[0]
     query = torch.zeros(1, 4, 1, 16)
-    out, mass = attend(bank.stores, 0, query, bank.keys[0], bank.values[0], 1.0, bank.padding, 10)
+    reader = KernelReader(bank.stores)
+    out = reader.attend(0, query, bank.keys[0], bank.values[0], 1.0)
     assert wants == [False, False, False]
-    assert (mass == 0).all()
+    assert reader._received(0, slice(0, 1)) == Received()
     assert out.isfinite().all()

@@ -1,0 +1,71 @@
+"""How the stores of some policies of a panel are read and stepped, whoever does the reading: what all ways share."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mikv.cache.policy_store import Change, PolicyStore, Received
+
+
+class Reader(ABC):
+    """Attends over the stores of some policies, and remembers from layer to layer what attention their tokens received.
+
+    Args:
+        stores: whose rows follow each other; R is the number of their rows.
+    """
+
+    def __init__(self, stores: Sequence[PolicyStore]) -> None:
+        self.stores = list(stores)
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """One decode step of one layer, over what is stored and the newest pair; layers come in order.
+
+        Args:
+            query: [R, Hq, 1, D].
+            keys, values: [R, H, D], the newest pair, exact.
+
+        Returns:
+            [R, 1, Hq, D].
+        """
+
+    def end_step(self, keys: Tensor, values: Tensor, active: Tensor) -> None:
+        """The stores take in the newest pairs, [L, R, H, D]; active: bool [R] on the CPU, see PolicyStore.step."""
+        changes = [
+            store.step(keys[:, rows], values[:, rows], self._received(i, rows), active[rows])
+            for i, (store, rows) in enumerate(self._rows())
+        ]
+        self._follow(changes)
+
+    def fork(self, forks: Mapping[PolicyStore, tuple[PolicyStore, Tensor]]) -> Self:
+        """A reader of forked stores: of each store that goes on its fork, and which of its rows were taken (int64 [n])."""
+        forked = copy.copy(self)
+        forked.stores = [forks[store][0] for store in self.stores if store in forks]
+        forked._take(torch.cat([forks[store][1] + rows.start for store, rows in self._rows() if store in forks]))
+        return forked
+
+    def _rows(self) -> list[tuple[PolicyStore, slice]]:
+        found = []
+        start = 0
+        for store in self.stores:
+            found.append((store, slice(start, start + len(store.seen))))
+            start += len(store.seen)
+        return found
+
+    @abstractmethod
+    def _received(self, index: int, rows: slice) -> Received:
+        """What the tokens of a store received in this step."""
+
+    @abstractmethod
+    def _follow(self, changes: Sequence[Sequence[Change]]) -> None:
+        """The step has ended, and these are the changes of each store, in order."""
+
+    @abstractmethod
+    def _take(self, rows: Tensor) -> None:
+        """Go on with some rows (int64), in memory of its own; the stores are forked already."""
