@@ -54,4 +54,4 @@ def read(vectors: Vectors, dim: int) -> Tensor:
     """float32 [R, H, S, D] of stored vectors (a balancer is not undone)."""
     if vectors.scale is None or vectors.zero is None:
         return vectors.data.float()
-    return dequantize(Quantized(unpack(vectors.data, vectors.bits, dim), vectors.scale, vectors.zero))
+    return dequantize(Quantized(unpack(vectors.data, vectors.bits, dim, torch.float32), vectors.scale, vectors.zero))

@@ -20,7 +20,7 @@ MIN_SCALE = 2.0**-24
 
 
 class Quantized(NamedTuple):
-    """Codes uint8 [..., D] (not yet packed); scale and zero (the minimum) FP16 [..., D / group]."""
+    """Codes [..., D], not yet packed, in uint8 or float32; scale and zero (the minimum) FP16 [..., D / group]."""
 
     codes: Tensor
     scale: Tensor
@@ -34,17 +34,18 @@ def quantize(x: Tensor, bits: int, group: int) -> Quantized:
     """
     levels = 2**bits - 1
     # fp32: in fp16 the range of a group may overflow, in bf16 its rounding error would be as large as a step of 8 bits
-    grouped = x.to(torch.float32).unflatten(-1, (-1, group)).clamp(-FP16_MAX, FP16_MAX)
-    low, high = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)  # aminmax is slower
+    grouped = x.to(torch.float32).unflatten(-1, (-1, group))
+    # aminmax is slower
+    low, high = (f(grouped, dim=-1, keepdim=True).clamp_(-FP16_MAX, FP16_MAX) for f in (torch.amin, torch.amax))
     zero = low.to(torch.float16)
     scale = ((high - zero) / levels).to(torch.float16).clamp(min=MIN_SCALE)
-    # in place: `grouped` is a copy already, and fresh memory costs as much as the arithmetic
-    codes = grouped.sub_(zero.to(torch.float32)).div_(scale.to(torch.float32)).round_().clamp_(0, levels)
+    # in place: fresh memory costs as much as the arithmetic
+    codes = (grouped - zero.to(torch.float32)).div_(scale.to(torch.float32)).round_().clamp_(0, levels)
     return Quantized(codes.to(torch.uint8).flatten(-2), scale.squeeze(-1), zero.squeeze(-1))
 
 
 def dequantize(q: Quantized) -> Tensor:
-    """float32 [..., D] of `quantize`'s output."""
+    """float32 [..., D] of `quantize`'s output. Codes in float32 are overwritten by it."""
     groups = q.scale.shape[-1]
     codes = q.codes.to(torch.float32).unflatten(-1, (groups, -1))
     x = codes.mul_(q.scale.unsqueeze(-1).float()).add_(q.zero.unsqueeze(-1).float())

@@ -31,7 +31,7 @@ class Codec:
         """x [..., D] -> {"raw"} at 16 bits, else {"codes", "scale", "zero"}."""
         if self.bits == 16:
             limit = torch.finfo(self.dtype).max  # saturate, as the quantizer does: an infinite key makes every logit NaN
-            return {"raw": x.clamp(-limit, limit).to(self.dtype)}
+            return {"raw": x.to(self.dtype, copy=True).clamp_(-limit, limit)}
         codes, scale, zero = quantize(x, self.bits, self.group)
         return {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
 
@@ -39,4 +39,5 @@ class Codec:
         """float32 [..., D]."""
         if self.bits == 16:
             return parts["raw"].to(torch.float32)
-        return dequantize(Quantized(unpack(parts["codes"], self.bits, self.head_dim), parts["scale"], parts["zero"]))
+        codes = unpack(parts["codes"], self.bits, self.head_dim, torch.float32)
+        return dequantize(Quantized(codes, parts["scale"], parts["zero"]))

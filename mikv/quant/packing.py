@@ -17,6 +17,8 @@ fill whole bytes and stay as they are. Words are int16 tensors: torch has no shi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,15 +35,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return _pack_plane(codes, bits)
 
 
-def unpack(words: Tensor, bits: int, head_dim: int) -> Tensor:
-    """The inverse of `pack`: uint8 [..., D]."""
+def unpack(words: Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """The inverse of `pack`: [..., D], as numbers of any dtype."""
     _check(head_dim, bits)
     if bits == 8:
-        return words
+        return words.to(dtype)
+    codes = torch.empty((*words.shape[:-1], head_dim), dtype=dtype, device=words.device)
     if bits == 3:
         low, high = words.split((head_dim // 8, head_dim // 16), dim=-1)
-        return _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
-    return _unpack_plane(words, bits)
+        for part, field in zip(codes.split(head_dim // 8, dim=-1), _fields(low, 2), strict=True):
+            part.copy_(field)
+        for part, field in zip(codes.split(head_dim // 16, dim=-1), _fields(high, 1), strict=True):
+            part += field << 2
+    else:
+        for part, field in zip(codes.split(words.shape[-1], dim=-1), _fields(words, bits), strict=True):
+            part.copy_(field)
+    return codes
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
@@ -52,10 +61,10 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
-def _unpack_plane(words: Tensor, bits: int) -> Tensor:
-    # the sign bit is spread by the shift, and masked away again
-    fields = [(words >> (bits * field)) & (2**bits - 1) for field in range(16 // bits)]
-    return torch.cat(fields, dim=-1).to(torch.uint8)
+def _fields(words: Tensor, bits: int) -> Iterator[Tensor]:
+    for field in range(16 // bits):
+        # the sign bit is spread by the shift, and masked away again
+        yield (words >> (bits * field)) & (2**bits - 1)
 
 
 def _check(head_dim: int, bits: int) -> None:
