@@ -7,6 +7,7 @@ The packed stores are the truth: what they hold is what is counted and what is r
     packed    the store is unpacked for every layer at every step, nothing dense is kept.
     kernel    mikv.kernels reads the packed tiers where they lie, with the least memory.
 
+How a dense copy is laid out is mikv.cache.dense's business, what all readers share is in mikv.cache.reader.
 The first two give the same answers bit for bit, because the same attention runs on the same numbers in the same places; the
 kernels add up in another order, and Triton's round queries and probabilities to 16 bits.
 A pair is exact in the step that computes it, as in prefill; the store has it from then on.
@@ -180,17 +181,16 @@ class _Bank:
         self.layers = bank.layers
         self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels) for policy in panel]
         self.columns = state.lengths.width
-        padding = state.lengths.padding.repeat(len(panel))
-        layers, _, heads, _, dim = bank.keys.shape
-        self.keys = bank.keys.new_zeros((layers, len(padding), heads, dim))
+        layers, batch, heads, _, dim = bank.keys.shape
+        self.keys = bank.keys.new_zeros((layers, len(panel) * batch, heads, dim))
         self.values = torch.zeros_like(self.keys)
         reindex = None if inv_freq is None else Reindex(inv_freq)
         if reading.reader == "kernel":
             self.readers: Sequence[Reader] = [KernelReader(self.stores, reading.attention, reindex)]
         else:
-            prompt = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
+            prompts = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
             memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
-            self.readers = dense_readers(self.stores, prompt, reading.reader == "working", memory, reindex)
+            self.readers = dense_readers(self.stores, prompts, reading.reader == "working", memory, reindex)
         self._arrange()
 
     def _arrange(self) -> None:
