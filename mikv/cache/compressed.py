@@ -194,10 +194,16 @@ class _Bank:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Which rows each reader reads, and the order in which all of theirs follow each other."""
-        places = {store: torch.arange(rows.start, rows.stop) for store, rows in self.rows()}
-        self._rows = [torch.cat([places[store] for store in reader.stores]) for reader in self.readers]
-        self._order = torch.cat([torch.zeros(0, dtype=torch.long), *self._rows]).argsort().to(self.keys.device)
+        """Which rows each reader reads (a slice where they are neighbours: nothing need be copied then)."""
+        places = dict(self.rows())
+        self._rows: list[slice | Tensor] = []
+        for reader in self.readers:
+            rows = [places[store] for store in reader.stores]
+            together = slice(rows[0].start, rows[-1].stop)
+            if sum(mine.stop - mine.start for mine in rows) == together.stop - together.start:
+                self._rows.append(together)
+            else:
+                self._rows.append(torch.cat([torch.arange(mine.start, mine.stop) for mine in rows]))
 
     def rows(self) -> Iterator[tuple[PolicyStore, slice]]:
         """Each policy's store and its rows."""
@@ -212,17 +218,15 @@ class _Bank:
         keys, values = self.keys[layer], self.values[layer]
         if len(self.readers) == 1:
             return self.readers[0].attend(layer, query, keys, values, scaling)
-        outs = []
+        out = query.new_empty(query.transpose(1, 2).shape)
         for reader, rows in zip(self.readers, self._rows, strict=True):
-            there = rows.to(query.device)
-            outs.append(reader.attend(layer, query[there], keys[there], values[there], scaling))
-        return torch.cat(outs)[self._order]
+            out[rows] = reader.attend(layer, query[rows], keys[rows], values[rows], scaling)
+        return out
 
     def end_step(self, active: Tensor) -> None:
         self.columns += 1
         for reader, rows in zip(self.readers, self._rows, strict=True):
-            there = rows.to(self.keys.device)
-            reader.end_step(self.keys[:, there], self.values[:, there], active[rows])
+            reader.end_step(self.keys[:, rows], self.values[:, rows], active[rows])
 
     def fork(self, rows: Tensor) -> _Bank:
         forked = copy.copy(self)

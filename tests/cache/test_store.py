@@ -300,4 +300,3 @@ def test_what_was_evicted_is_not_in_the_copy() -> None:
     assert h2o_reader.keys.shape[1:4] == (2, 2, 1 + 20)
     assert streaming_reader.keys.shape[1:4] == (2, 2, 1 + 40)
     assert shared.keys.shape[3] > 200
-    assert cache.banks[0]._order.tolist() == [4, 5, 0, 1, 6, 7, 2, 3]
