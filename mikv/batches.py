@@ -3,14 +3,16 @@
 equal prompts            are one prompt (the choices of a question, two tasks that ask the same)
 long common prefixes     are prefilled once and forked (few-shot examples, system prompts)
 the longest come first   what does not fit the memory fails at the start, and the progress bar errs on the safe side
-out of memory            halves the batch and tries again
+out of memory            halves the batch and tries again, with the failed attempt's memory freed; later batches are no larger
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -44,33 +46,64 @@ Response = Scores | Generation
 
 @dataclass(frozen=True)
 class Served:
-    """Requests (by index) that are done, each one's response by policy, and the time they took together."""
+    """Requests (by index) that are done, each one's response by policy; prompts: how many were in their batch; seconds: the
+    time they took together."""
 
     responses: dict[int, list[Response]]
+    prompts: int
     seconds: Seconds
 
 
 def serve(
-    engine: Engine, requests: Sequence[Request], panel: Sequence[Policy], batch_size: int, fidelity: bool
+    engine: Engine,
+    requests: Sequence[Request],
+    panel: Sequence[Policy],
+    batch_size: int,
+    fidelity: bool,
+    watch: Callable[[float], None] = lambda _: None,
 ) -> Iterator[Served]:
     """Answer all requests by all policies, as they get done; each index comes exactly once.
 
     Args:
         engine: runs them.
         requests: in any order, of any kind.
-        panel: the first policy is the others' twin.
-        batch_size: prompts at a time. Changes speed and memory, not answers.
+        panel: the first policy is the one that the others are compared with.
+        batch_size: prompts at a time, at most. It changes speed and memory, and the last digits of all numbers.
         fidelity: see Engine.generate; scores always have it.
+        watch: is told, again and again, which share of all requests' prompts is done (0..1).
 
     Raises:
         OutOfMemory: a single prompt does not fit.
     """
+    waiting = deque(plan(requests, batch_size))
+    every = sum(len(batch.prompts) for batch in waiting)
+    fits, done = batch_size, 0
     try:
-        for batch in plan(requests, batch_size):
-            for part, responses in _fitting(engine, batch, panel, fidelity):
-                yield Served(part.scatter(responses), engine.take_seconds())
+        while waiting:
+            batch = waiting.popleft()
+            if len(batch.prompts) > fits:
+                waiting.extendleft(reversed(batch.parts(fits)))
+                continue
+            engine.watch = partial(_share, watch, done, len(batch.prompts), every)
+            responses = _answered(engine, batch, panel, fidelity)
+            if responses is None:
+                engine.release()
+                gc.collect()  # the failed attempt's tensors hung on the traceback
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                fits = (len(batch.prompts) + 1) // 2
+                print(f"out of memory with {len(batch.prompts)} prompts at a time; going on with at most {fits}")
+                waiting.appendleft(batch)
+                continue
+            done += len(batch.prompts)
+            watch(done / every)
+            yield Served(batch.scatter(responses), len(batch.prompts), engine.take_seconds())
     finally:
         engine.forget_prefix()
+
+
+def _share(watch: Callable[[float], None], done: int, here: int, every: int, share: float) -> None:
+    watch((done + share * here) / every)
 
 
 @dataclass
@@ -103,6 +136,10 @@ class Batch:
     prompts: Sequence[Merged]
     decoding: Decoding | None
     shared: int
+
+    def parts(self, size: int) -> list[Batch]:
+        """The same in batches of at most so many prompts."""
+        return [replace(self, prompts=self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
 
     def scatter(self, responses: Sequence[Sequence[Response]]) -> dict[int, list[Response]]:
         """Responses by policy and prompt -> by request and policy."""
@@ -179,18 +216,14 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _fitting(
-    engine: Engine, batch: Batch, panel: Sequence[Policy], fidelity: bool
-) -> Iterator[tuple[Batch, Sequence[Sequence[Response]]]]:
-    """Responses of a batch; if memory runs out, of its halves, and so on down to single prompts."""
-    responses: Sequence[Sequence[Response]] | None = None
+def _answered(engine: Engine, batch: Batch, panel: Sequence[Policy], fidelity: bool) -> Sequence[Sequence[Response]] | None:
+    """Responses of a batch; None where memory ran out."""
     try:
         if batch.decoding is None:
             scorings = [Scoring(merged.prompt, merged.continuations) for merged in batch.prompts]
-            responses = engine.score(scorings, panel, batch.shared)
-        else:
-            prompts = [merged.prompt for merged in batch.prompts]
-            responses = engine.generate(prompts, panel, batch.decoding, batch.shared, fidelity)
+            return engine.score(scorings, panel, batch.shared)
+        prompts = [merged.prompt for merged in batch.prompts]
+        return engine.generate(prompts, panel, batch.decoding, batch.shared, fidelity)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -200,16 +233,7 @@ def _fitting(
                 "Finished samples are kept. Ways out: a smaller panel, reader=packed or kernel (no dense "
                 "working copy), fidelity=false, shorter prompts, a larger machine."
             ) from error
-    if responses is not None:
-        yield batch, responses
-        return
-    gc.collect()  # the failed attempt's tensors hang on the traceback until here
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = (len(batch.prompts) + 1) // 2
-    print(f"out of memory with {len(batch.prompts)} prompts at a time; trying {half}")
-    for start in range(0, len(batch.prompts), half):
-        yield from _fitting(engine, replace(batch, prompts=batch.prompts[start : start + half]), panel, fidelity)
+        return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -114,6 +114,10 @@ class Seconds:
     fidelity: float = 0.0
 
 
+# What share of a batch's work its phases are, roughly: for whoever watches.
+_PREFILLED, _DECODED = 0.3, 0.7
+
+
 @dataclass
 class Engine:
     """A model of transformers with the project's attention (`attn_implementation="mikv"`), and how to run it.
@@ -123,6 +127,7 @@ class Engine:
         end_tokens: ids that end an answer.
         pad_token: id for padding; never attended.
         reader, attention: how compressed caches are read, see mikv.cache.reading.
+        watch: is told, again and again while a batch is served, which share of its work is done (0..1, an estimate).
     """
 
     model: Any
@@ -131,6 +136,7 @@ class Engine:
     reader: str | None = None
     attention: str | None = None
     seconds: Seconds = field(default_factory=Seconds)
+    watch: Callable[[float], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self.geometry = geometry(self.model.config)
@@ -182,11 +188,16 @@ class Engine:
                 use_cache=True,
                 logits_to_keep=1,
             )
+        self.watch(_PREFILLED)
         return cache.state(torch.tensor([_name(context) for context in contexts]))
 
     def forget_prefix(self) -> None:
         """Let go of the last shared prefix: nothing more is to come that begins with it."""
         self._prefix = None
+
+    def release(self) -> None:
+        """Let go of all memory that is kept for the next batch: a smaller one is to be tried."""
+        self._prefix, self._workspace = None, Workspace()
 
     def _shared_prefix(self, tokens: Sequence[int], observers: frozenset[Observer]) -> PrefillState:
         key = (tuple(tokens), observers)
@@ -226,12 +237,15 @@ class Engine:
         if not fidelity:
             del state  # its exact keys and values are not needed while decoding
         with self._timed("decode"):
-            answers = self._decode(cache, prompts, len(panel), decoding)
+            answers = self._decode(cache, prompts, len(panel), decoding, _DECODED if fidelity else 1.0)
         if not fidelity:
             return answers
+        del cache  # before the next one is made: one packed cache at a time
         with self._timed("fidelity"):
-            said = [[[*twin.tokens, *([] if twin.end is None else [twin.end])]] for twin in answers[0]]
-            scores = self._score(self._compress_for(state, prompts, panel), prompts, said, len(panel))
+            said = [[[*full.tokens, *([] if full.end is None else [full.end])]] for full in answers[0]]
+            cache = self._compress_for(state, prompts, panel)
+            del state
+            scores = self._score(cache, prompts, said, len(panel), _DECODED)
         return [
             [replace(g, fidelity=s.continuations[0].fidelity) for g, s in zip(of_policy, scored, strict=True)]
             for of_policy, scored in zip(answers, scores, strict=True)
@@ -252,7 +266,7 @@ class Engine:
             cache = self._compress_for(state, prompts, panel)
         del state  # its exact keys and values are not needed any more
         with self._timed("decode"):
-            return self._score(cache, prompts, wanted, len(panel))
+            return self._score(cache, prompts, wanted, len(panel), _PREFILLED)
 
     def _prefill_for(self, prompts: Sequence[Prompt], panel: Sequence[Policy], shared: int) -> PrefillState:
         watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
@@ -264,9 +278,12 @@ class Engine:
         return self.compress(state, panel, torch.tensor(lengths), self._workspace)
 
     def _decode(
-        self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, decoding: Decoding
+        self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int, decoding: Decoding, share: float
     ) -> list[list[Generation]]:
-        """Feed every row its question, then its own answer, one token a step, until all rows have ended."""
+        """Feed every row its question, then its own answer, one token a step, until all rows have ended. The cache is used up.
+
+        share: of the batch's work that is done then.
+        """
         rows = [(p, b) for p in range(policies) for b in range(len(prompts))]
         compressed_tokens = dict(zip(rows, (usage.compressed_tokens for usage in cache.usage()), strict=True))
         begin, end = torch.tensor([prompts[b].watched for _, b in rows]).unbind(1)
@@ -284,8 +301,9 @@ class Engine:
                 if not going_on:
                     done[row] = Generation(answers[row], ends[row], ended[row], compressed_tokens[row], usage, watched[row])
 
-        step = 0
+        step, steps = 0, decoding.max_new_tokens + max(len(prompt.question) for prompt in prompts)
         while active.any():
+            self.watch(_PREFILLED + (share - _PREFILLED) * step / steps)
             fed = [self._fed(prompts[row[1]].question, answers[row], step) for row in rows]
             chosen = chooser(self.step(cache, torch.tensor(fed), positions, active), step).tolist()
             for i in active.nonzero().squeeze(1).tolist():
@@ -303,7 +321,7 @@ class Engine:
             if active.sum() <= len(rows) // 2:
                 finish()
                 going_on = active.nonzero().squeeze(1)
-                cache = cache.fork(going_on)
+                cache.batch_select_indices(going_on)
                 chooser.take(going_on)
                 rows = [rows[i] for i in going_on.tolist()]
                 positions, active = positions[going_on], active[going_on]
@@ -321,10 +339,12 @@ class Engine:
         prompts: Sequence[Prompt],
         wanted: Sequence[Sequence[Sequence[int]]],
         policies: int,
+        begun: float,
     ) -> list[list[Scores]]:
         """Feed every row its question, then fork it for the continuations that have more than one token and feed these.
 
-        No row may wait for another's question (all rows of a cache grow together), so each length of question is a batch.
+        No row may wait for another's question (all rows of a cache grow together), so each length of question is a batch. The
+        cache is used up. begun: which share of the batch's work is done.
         """
         batch = len(prompts)
         by_length: dict[int, list[int]] = {}
@@ -332,12 +352,13 @@ class Engine:
             by_length.setdefault(len(prompt.question), []).append(b)
         if len(by_length) > 1:
             merged: list[dict[int, Scores]] = [{} for _ in range(policies)]
-            for members in by_length.values():
-                rows = torch.arange(policies)[:, None] * batch + torch.tensor(members)
-                some, theirs = [prompts[b] for b in members], [wanted[b] for b in members]
-                for of_policy, scores in zip(
-                    merged, self._score(cache.fork(rows.flatten()), some, theirs, policies), strict=True
-                ):
+            for number, members in enumerate(by_length.values()):
+                rows = (torch.arange(policies)[:, None] * batch + torch.tensor(members)).flatten()
+                part = self._cut(cache, rows, last=number == len(by_length) - 1)
+                done = begun + (1 - begun) * number / len(by_length)
+                mine, theirs = [prompts[b] for b in members], [wanted[b] for b in members]
+                scored = self._score(part, mine, theirs, policies, done)
+                for of_policy, scores in zip(merged, scored, strict=True):
                     of_policy.update(zip(members, scores, strict=True))
             return [[of_policy[b] for b in range(batch)] for of_policy in merged]
         compressed_tokens = [usage.compressed_tokens for usage in cache.usage()]
@@ -351,16 +372,21 @@ class Engine:
         # the longest first: those of like length end together
         longer = sorted((i for i, (_, tokens) in enumerate(flat) if len(tokens) > 1), key=lambda i: -len(flat[i][1]))
         for start in range(0, len(longer), _FORKS):
-            self._feed_forks(cache, prompts, policies, torch.tensor(longer[start : start + _FORKS]), owner, tally)
-        scored = tally.result()
-        results = []
-        for p in range(policies):
-            per_prompt: list[list[Scored]] = [[] for _ in prompts]
-            for (b, _), one in zip(flat, scored[p], strict=True):
-                per_prompt[b].append(one)
-            mine = range(p * batch, (p + 1) * batch)
-            results.append([Scores(per_prompt[b], compressed_tokens[r], usages[r]) for b, r in enumerate(mine)])
-        return results
+            some = torch.tensor(longer[start : start + _FORKS])
+            rows = (torch.arange(policies)[:, None] * batch + owner[some]).flatten()
+            part = self._cut(cache, rows, last=start + _FORKS >= len(longer))
+            starts = torch.tensor([prompts[b].tokens for b in owner[some].tolist()])
+            share = (1 - begun) / len(longer)
+            self._feed(part, starts, policies, some, tally, begun + share * start, share * len(some))
+        return _by_prompt(tally.result(), owner, compressed_tokens, usages, batch)
+
+    @staticmethod
+    def _cut(cache: CompressedCache, rows: Tensor, last: bool) -> CompressedCache:
+        """A cache of some rows: a fork, or the cache itself where nobody asks for the others any more."""
+        if not last:
+            return cache.fork(rows)
+        cache.batch_select_indices(rows)
+        return cache
 
     def _read_questions(self, cache: CompressedCache, prompts: Sequence[Prompt], policies: int) -> Tensor:
         """Feed all rows their questions, of one length. Returns the logits that follow, [R, vocabulary]."""
@@ -371,31 +397,32 @@ class Engine:
             logits = self.step(cache, fed, positions + step, everyone)
         return logits
 
-    def _feed_forks(
+    def _feed(
         self,
         cache: CompressedCache,
-        prompts: Sequence[Prompt],
+        starts: Tensor,
         policies: int,
         some: Tensor,
-        owner: Tensor,
         tally: Tally,
+        begun: float,
+        share: float,
     ) -> None:
-        """Feed continuations `some` (int64 [n], the longest first), each in a row of its own per policy."""
-        batch = len(prompts)
-        forked = cache.fork((torch.arange(policies)[:, None] * batch + owner[some]).flatten())
+        """Feed continuations `some` (int64 [n], the longest first), each in a row of its own per policy, from position `starts`
+        (int64 [n]) on. The cache is used up. begun, share: of the batch's work, before and by this."""
         lengths = torch.tensor([len(tally.tokens[i]) for i in some.tolist()])
-        starts = torch.tensor([prompts[b].tokens for b in owner[some].tolist()])
-        for step in range(1, int(lengths[0])):
+        longest = int(lengths[0])
+        for step in range(1, longest):
+            self.watch(begun + share * step / longest)
             n = len(some)
             active = step < lengths
             going_on = int(active.sum())
             if going_on <= n // 2:
-                forked = forked.fork((torch.arange(policies)[:, None] * n + torch.arange(going_on)).flatten())
+                cache.batch_select_indices((torch.arange(policies)[:, None] * n + torch.arange(going_on)).flatten())
                 some, lengths, starts, active, n = *(x[:going_on] for x in (some, lengths, starts, active)), going_on
             fed = torch.tensor(
                 [tally.tokens[i][step - 1] if step < len(tally.tokens[i]) else self.pad_token for i in some.tolist()]
             )
-            logits = self.step(forked, fed.repeat(policies), (starts + step - 1).repeat(policies), active.repeat(policies))
+            logits = self.step(cache, fed.repeat(policies), (starts + step - 1).repeat(policies), active.repeat(policies))
             tally.add(logits.unflatten(0, (policies, n))[:, :going_on], some[:going_on], step)
 
     @torch.inference_mode()
@@ -429,6 +456,20 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _by_prompt(
+    scored: Sequence[Sequence[Scored]], owner: Tensor, compressed_tokens: Sequence[int], usages: Sequence[Usage], batch: int
+) -> list[list[Scores]]:
+    """Scores by policy and prompt, from those by policy and continuation; owner int64: the prompt of each continuation."""
+    results = []
+    for p, of_policy in enumerate(scored):
+        per_prompt: list[list[Scored]] = [[] for _ in range(batch)]
+        for b, one in zip(owner.tolist(), of_policy, strict=True):
+            per_prompt[b].append(one)
+        rows = range(p * batch, (p + 1) * batch)
+        results.append([Scores(per_prompt[b], compressed_tokens[r], usages[r]) for b, r in enumerate(rows)])
+    return results
 
 
 class _Chooser:

@@ -60,7 +60,7 @@ def _inside(policy: Policy, state: PrefillState, texts: Sequence[str]) -> Inside
 
 @torch.inference_mode()
 def _of_bank(policy: Policy, state: PrefillState, bank: PrefillBank) -> dict[str, torch.Tensor]:
-    store = PolicyStore(policy, state, bank, state.lengths.tokens)
+    store = PolicyStore(policy, state, bank, state.lengths.tokens, track=True)
     exact_keys, exact_values = bank.keys[:, 0].float(), bank.values[:, 0].float()  # [L, H, T, D]
     bits = torch.zeros(exact_keys.shape[:3])
     key_error = value_error = torch.zeros_like(bank.key_absmax[:, 0])

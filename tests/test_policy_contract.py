@@ -142,10 +142,9 @@ def analytic_bytes(any_policy: Policy, seen: int, heads: int, layers: int, dim: 
         per_token = sum(
             2 * dim if bits == 16 else dim * bits // 8 + 4 * (dim // (tier.group or dim // 2)) for bits in (tier.k, tier.v)
         )
-        if len(any_policy.tiers) > 1:
+        if i < len(any_policy.tiers) - 1:  # who may still move is ranked
             per_token += 4  # int32 position
-            if any_policy.importance is not None and i < len(any_policy.tiers) - 1:
-                per_token += 4  # fp32 score
+            per_token += 4 if any_policy.importance is not None else 0  # fp32 score
         total += count * per_token * heads * layers
     quantized = any(0 < tier.k < 16 for tier in any_policy.tiers)
     return total + (4 * dim * heads * layers if any_policy.balance and quantized else 0)
@@ -173,14 +172,15 @@ def test_the_declared_budget_holds_at_every_step(any_policy: Policy) -> None:
 
 
 def test_bytes_are_counted_from_the_tensors_that_are_stored(any_policy: Policy) -> None:
-    """For one row without spare slots, nbytes is the size of the tensors themselves (trap T8)."""
-    run = engine()
+    """For one row without spare slots, nbytes is the size of the tensors themselves (trap T8), and so is what is allocated."""
+    run = engine("kernel")  # a dense copy keeps positions of its own beside the store
     watched = {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
     cache = run.compress(run.prefill([tokens(40)], watched), [any_policy])
     store = cache.banks[0].stores[0]
     held = [part for tier in store.tiers for part in tier.parts.values()]
     held += [] if store.balancer is None else [store.balancer]
-    assert sum(cache.usage()[0].nbytes.values()) == sum(t.numel() * t.element_size() for t in held)
+    (usage,) = cache.usage()
+    assert sum(usage.nbytes.values()) == usage.allocated_nbytes == sum(t.numel() * t.element_size() for t in held)
     assert all(part.shape[2] == run.geometry.kv_heads for tier in store.tiers for part in tier.parts.values())  # T10
 
 
@@ -259,22 +259,36 @@ def held_by_tier(run: Engine, cache: CompressedCache, begin: int, end: int, b: i
     return {bits: count / total for bits, count in counts.items()} if total else {}
 
 
-def test_the_tiers_of_watched_tokens_are_those_of_the_store(any_policy: Policy) -> None:
-    """When the first token is fed, and later, when stores have grown and hold unused slots."""
+def test_no_more_is_allocated_than_the_next_tokens_need(any_policy: Policy) -> None:
+    """Slots in advance are a few, so that memory is what the counted bytes say it is."""
+    run = engine("kernel")
+    cache = run.compress(run.prefill([tokens(300)], observers(any_policy)), [any_policy])
+    for step in range(40):
+        (usage,) = cache.usage()
+        counted = sum(usage.nbytes.values())
+        assert counted <= usage.allocated_nbytes <= 1.05 * counted + 4 * usage.full_nbytes / usage.seen_tokens
+        run.step(cache, torch.tensor([step]), torch.tensor([300 + step]), torch.ones(1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("reader", ["working", "kernel"])
+def test_the_tiers_of_watched_tokens_are_those_of_the_store(any_policy: Policy, reader: str) -> None:
+    """When the first token is fed, and later, when stores have grown and hold unused slots; also where the last tier does not
+    know the positions of its tokens."""
     spans = [(3, 19), (0, 22), (0, 0)]
     begin, end = torch.tensor(spans).unbind(1)
     prompts = [replace(prompt(n, seed=n), watched=span) for n, span in zip((41, 23, 30), spans, strict=True)]
-    run = engine()
+    run, tracked = engine(reader), engine()
     state = run.prefill([p.context for p in prompts], observers(any_policy))
-    cache = run.compress(state, [any_policy], torch.tensor([41, 23, 30]))
+    cache, known = (each.compress(state, [any_policy], torch.tensor([41, 23, 30])) for each in (run, tracked))
     reported = [generation.watched_tiers for generation in run.generate(prompts, [any_policy], Decoding(3))[0]]
     assert reported == [pytest.approx(shares) for shares in cache.tiers(begin, end)]
     for step in range(40):
         for b, shares in enumerate(cache.tiers(begin, end)):
-            assert shares == pytest.approx(held_by_tier(run, cache, *spans[b], b))
+            assert shares == pytest.approx(held_by_tier(run, known, *spans[b], b))
             assert not shares or sum(shares.values()) == pytest.approx(1)
         positions = torch.tensor([len(p.context) + step for p in prompts])
-        run.step(cache, torch.tensor(tokens(3, seed=step)), positions, torch.tensor([True, step < 20, True]))
+        for each, of_it in ((run, cache), (tracked, known)):
+            each.step(of_it, torch.tensor(tokens(3, seed=step)), positions, torch.tensor([True, step < 20, True]))
 
 
 def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Policy) -> None:

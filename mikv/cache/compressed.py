@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,19 @@ from mikv.cache.reindex import Reindex
 from mikv.policy import Policy
 
 
-class Usage(NamedTuple):
+@dataclass(frozen=True)
+class Usage:
     """What one row holds. Tokens are per layer and head (all hold equally many): seen so far, stored in some tier, and not
-    held at 16 bits (evicted ones included). full_nbytes: the 16-bit cache of the tokens seen, at KV heads."""
+    held at 16 bits (evicted ones included). nbytes: counted, by part, of the tokens that are there; allocated_nbytes: of the
+    memory that the stores take for the row, with slots that are not used yet or only in other rows; full_nbytes: the 16-bit
+    cache of the tokens seen, at KV heads."""
 
     seen_tokens: int
     kept_tokens: int
     compressed_tokens: int
     nbytes: dict[str, int]
     full_nbytes: int
+    allocated_nbytes: int = field(compare=False)  # of the batch too: its longest row decides how many slots there are
 
 
 class Workspace:
@@ -107,6 +112,9 @@ class CompressedCache(Cache):
     def end_step(self, active: Tensor) -> None:
         """Call after each forward pass: the new token enters the stores, scores grow, tokens are demoted.
 
+        Whoever does not know of it (`model.generate` of transformers) need not call it: a step that was not ended is ended for
+        all rows when the next one begins, or when the cache is asked what it holds.
+
         active: bool [R] on the CPU; rows that have ended stay as they are.
         """
         for bank in self.banks:
@@ -122,12 +130,43 @@ class CompressedCache(Cache):
         forked._hold([bank.fork(rows) for bank in self.banks])
         return forked
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with some of the rows, as `fork` takes them, in the place of all: what is left is not held twice."""
+        rows = indices.cpu()
+        if torch.equal(rows, torch.arange(sum(len(store.seen) for store in self.banks[0].stores))):
+            return
+        for bank in self.banks:
+            bank.select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, as transformers' beam search wants its prompts."""
+        rows = sum(len(store.seen) for store in self.banks[0].stores)
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams go on from other beams: rows in another order (of one policy; a panel has none to go on from)."""
+        if len(self.banks[0].stores) > 1:
+            raise NotImplementedError("a cache of several policies can't follow beams: compress with one policy at a time")
+        self.batch_select_indices(beam_idx)
+
+    def crop(self, max_length: int) -> None:
+        """Refused: a token that has been demoted can't come back."""
+        raise NotImplementedError(
+            "a compressed cache can't be cut back to fewer tokens (what was demoted or evicted since is lost): compress anew, "
+            "or fork the cache before it is fed"
+        )
+
+    def reset(self) -> None:
+        """Refused: it is made from a prefill."""
+        raise NotImplementedError("a compressed cache is made from a prefill and can't be emptied: compress a new one")
+
     def _hold(self, banks: list[_Bank]) -> None:
         self.banks = banks
         self.layers = [_CompressedLayer(bank, i) for bank in banks for i in range(len(bank.layers))]
 
     def usage(self) -> list[Usage]:
         """What each row holds now."""
+        self._end_open_step()
         geometry = self._geometry
         per_token = geometry.layers * geometry.kv_heads * geometry.head_dim * 2 * 2  # keys and values, 2 bytes each
         rows = []
@@ -136,17 +175,18 @@ class CompressedCache(Cache):
             for store in stores:
                 for part, size in store.nbytes().items():
                     nbytes[part] = nbytes[part] + size if part in nbytes else size
-            first = stores[0]
+            first, allocated = stores[0], sum(store.allocated() for store in stores)
             for b, (seen, kept, compressed) in enumerate(
                 zip(first.seen.tolist(), first.kept_tokens().tolist(), first.compressed_tokens().tolist(), strict=True)
             ):
                 sizes = {part: int(size[b]) for part, size in nbytes.items()}
-                rows.append(Usage(seen, kept, compressed, sizes, seen * per_token))
+                rows.append(Usage(seen, kept, compressed, sizes, seen * per_token, allocated))
         return rows
 
     def tiers(self, begin: Tensor, end: Tensor) -> list[dict[str, float]]:
         """For each row the share of its tokens at positions begin <= p < end (int64 [R], on the CPU) by the bits of the tier
         that holds them, mean over layers and heads; "0" = evicted. Empty where there are no such tokens."""
+        self._end_open_step()
         rows: list[dict[str, float]] = []
         if not end.any():
             return [{} for _ in end]
@@ -164,6 +204,10 @@ class CompressedCache(Cache):
                 rows.append(shares | gone)
         return rows
 
+    def _end_open_step(self) -> None:
+        for bank in self.banks:
+            bank.end_open_step()
+
 
 class _Bank:
     """The layers of one device: their stores, who reads them, and the pair of the step that is under way."""
@@ -179,18 +223,21 @@ class _Bank:
         workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
-        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels) for policy in panel]
+        self.open = False  # whether a step is under way
+        # the kernels read pairs in any order; a dense copy wants each at its place
+        track = reading.reader != "kernel"
+        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels, track) for policy in panel]
         self.columns = state.lengths.width
         layers, batch, heads, _, dim = bank.keys.shape
         self.keys = bank.keys.new_zeros((layers, len(panel) * batch, heads, dim))
         self.values = torch.zeros_like(self.keys)
         reindex = None if inv_freq is None else Reindex(inv_freq)
         if reading.reader == "kernel":
-            self.readers: Sequence[Reader] = [KernelReader(self.stores, reading.attention, reindex)]
+            self.readers: list[Reader] = [KernelReader(self.stores, reading.attention, reindex)]
         else:
             prompts = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
             memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
-            self.readers = dense_readers(self.stores, prompts, reading.reader == "working", memory, reindex)
+            self.readers = list(dense_readers(self.stores, prompts, reading.reader == "working", memory, reindex))
         self._arrange()
 
     def _arrange(self) -> None:
@@ -223,24 +270,72 @@ class _Bank:
             out[rows] = reader.attend(layer, query[rows], keys[rows], values[rows], scaling)
         return out
 
+    def take(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """The newest pair of one layer, [R, H, D]."""
+        if layer == 0:
+            self.end_open_step()
+        if keys.shape != self.keys.shape[1:]:
+            raise ValueError(
+                f"the cache has {self.keys.shape[1]} rows ({len(self.stores)} policies), and is fed {keys.shape[0]} tokens: "
+                "one a row is wanted"
+            )
+        self.open = True
+        self.keys[layer], self.values[layer] = keys, values
+
+    def end_open_step(self) -> None:
+        """End a step that nobody has ended, for all rows."""
+        if self.open:
+            self.end_step(torch.ones(self.keys.shape[1], dtype=torch.bool))
+
     def end_step(self, active: Tensor) -> None:
+        self.open = False
         self.columns += 1
         for reader, rows in zip(self.readers, self._rows, strict=True):
             reader.end_step(self.keys[:, rows], self.values[:, rows], active[rows])
 
+    @property
+    def seen(self) -> int:
+        """Columns that were seen, with the one of a step that is under way."""
+        return self.columns + self.open
+
     def fork(self, rows: Tensor) -> _Bank:
+        self.end_open_step()
         forked = copy.copy(self)
-        forks: dict[PolicyStore, tuple[PolicyStore, Tensor]] = {}
+        forked._take(rows, fork=True)
+        return forked
+
+    def select(self, rows: Tensor) -> None:
+        self.end_open_step()
+        self._take(rows, fork=False)
+
+    def _take(self, rows: Tensor, fork: bool) -> None:
+        """Go on with some rows, in copies of stores and readers or in themselves."""
+        taken: dict[PolicyStore, Tensor] = {}
         for store, mine in self.rows():
             local = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
             if len(local):
-                forks[store] = store.fork(local), local
-        forked.stores = [store for store, _ in forks.values()]
+                taken[store] = local
+        # before the stores change: a reader's rows are counted by those of its stores
+        readers = [(reader, reader.rows_of(taken)) for reader in self.readers if any(store in taken for store in reader.stores)]
+        self.readers, self.stores = [], list(taken)
+        goes_on: dict[PolicyStore, PolicyStore] = {}
+        for store, local in taken.items():
+            if fork:
+                goes_on[store] = store.fork(local)
+            else:
+                store.select(local)
+                goes_on[store] = store
+        self.stores = list(goes_on.values())
+        for reader, local in readers:
+            stores = [goes_on[store] for store in reader.stores if store in goes_on]
+            if fork:
+                reader = reader.fork(stores, local)
+            else:
+                reader.select(stores, local)
+            self.readers.append(reader)
         there = rows.to(self.keys.device)
-        forked.keys, forked.values = self.keys[:, there], self.values[:, there]
-        forked.readers = [reader.fork(forks) for reader in self.readers if any(store in forks for store in reader.stores)]
-        forked._arrange()
-        return forked
+        self.keys, self.values = self.keys[:, there], self.values[:, there]
+        self._arrange()
 
 
 class _CompressedLayer(CacheLayerMixin):
@@ -258,9 +353,11 @@ class _CompressedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if key_states.shape[2] != 1:
-            raise RuntimeError(f"a compressed cache is fed one token per row and step, not {key_states.shape[2]}")
-        self._bank.keys[self._index] = key_states.squeeze(2)
-        self._bank.values[self._index] = value_states.squeeze(2)
+            raise RuntimeError(
+                f"a compressed cache is fed one token per row and step, not {key_states.shape[2]}: compress the prompt without "
+                "its last token, and feed that one"
+            )
+        self._bank.take(self._index, key_states.squeeze(2), value_states.squeeze(2))
         return self, self
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
@@ -268,10 +365,10 @@ class _CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns seen so far: what positions are counted from, whatever has been evicted."""
-        return self._bank.columns
+        return self._bank.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._bank.columns + query_length, 0
+        return self._bank.seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1

@@ -64,13 +64,21 @@ class PolicyStore:
         bank: which of its banks.
         prompt_lengths: int64 [B], the length that budgets of kind `fixed` are shares of.
         packing: who quantizes and packs, see mikv.kernels.pick.
+        track: keep the positions of all tokens, also where the policy does not need them (a dense copy does, and who looks
+            inside).
     """
 
     def __init__(
-        self, policy: Policy, state: PrefillState, bank: PrefillBank, prompt_lengths: Tensor, packing: str = "reference"
+        self,
+        policy: Policy,
+        state: PrefillState,
+        bank: PrefillBank,
+        prompt_lengths: Tensor,
+        packing: str = "reference",
+        track: bool = False,
     ) -> None:
         self.policy = policy
-        self._packing = packing
+        self._packing, self._track = packing, track
         self._layers, self._rows = bank.layers, state.rows.to(bank.layers.device)
         self._heads = state.geometry.kv_heads
         self._prompt_lengths = prompt_lengths
@@ -123,10 +131,19 @@ class PolicyStore:
             bank.keys.shape[-1],
             None if self.balancer is None else self.balancer.unsqueeze(3),
             dtype,
-            with_positions=len(self.policy.tiers) > 1,
+            positions=self._positions_of(index),
             with_scores=scores is not None and not last,
             packing=self._packing,
         )
+
+    def _positions_of(self, tier: int) -> str:
+        """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, and
+        re-indexing wants those of all."""
+        if len(self.policy.tiers) == 1:
+            return "slots"
+        if tier < len(self.policy.tiers) - 1 or self.policy.positions == "contiguous":
+            return "stored"
+        return "tracked" if self._track else "unknown"
 
     def step(self, keys: Tensor, values: Tensor, received: Received, active: Tensor) -> list[Change]:
         """Take in the token of a decode step, after its attention.
@@ -204,12 +221,21 @@ class PolicyStore:
     def fork(self, rows: Tensor) -> PolicyStore:
         """A store of its own with some of the rows (int64, CPU; one may come several times)."""
         forked = copy.copy(self)
-        there = rows.to(self._layers.device)
         forked.tiers = [tier.fork(rows) for tier in self.tiers]
-        forked.seen, forked._prompt_lengths, forked._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
-        if self.balancer is not None:
-            forked.balancer = self.balancer[:, there]
+        forked._take(rows)
         return forked
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows, tier by tier, so that what is left is not held twice."""
+        for tier in self.tiers:
+            tier.select(rows)
+        self._take(rows)
+
+    def _take(self, rows: Tensor) -> None:
+        there = rows.to(self._layers.device)
+        self.seen, self._prompt_lengths, self._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
+        if self.balancer is not None:
+            self.balancer = self.balancer[:, there]
 
     def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values
@@ -223,9 +249,15 @@ class PolicyStore:
             for kind, size in tier.nbytes().items():
                 total[kind] = total.get(kind, 0) + size
         if self.balancer is not None:
-            row_bytes = self.balancer[:, 0].numel() * self.balancer.element_size()
-            total["balancer"] = torch.full_like(self.seen, row_bytes)
+            total["balancer"] = torch.full_like(self.seen, self._balancer_bytes())
         return total
+
+    def allocated(self) -> int:
+        """Bytes that one row's tensors take of the memory, slots that are not used included."""
+        return sum(tier.allocated() for tier in self.tiers) + self._balancer_bytes()
+
+    def _balancer_bytes(self) -> int:
+        return 0 if self.balancer is None else self.balancer[:, 0].numel() * self.balancer.element_size()
 
     def compressed_tokens(self) -> Tensor:
         """Tokens per layer and head that are not held at 16 bits (evicted ones included), int64 [B]."""
@@ -236,12 +268,17 @@ class PolicyStore:
         """How many of the tokens at positions begin <= p < end (int64 [B]) each tier stores, summed over layers and heads:
         float64 [B] by the tier's bits."""
         counts: dict[str, Tensor] = {}
+        rest = (end - begin).clamp(min=0).double() * len(self._layers) * self._heads
         for tier in self.tiers:
+            if not tier.knows_positions:  # the last one, of a policy that keeps every token: it has what the others have not
+                counts[str(tier.tier)] = counts.get(str(tier.tier), 0) + rest
+                continue
             positions = tier.positions()
             here = (positions >= _per_row(begin, positions)) & (positions < _per_row(end, positions))
             here &= tier.used().to(positions.device)[None, :, None, :]
             count = here.sum(dim=(0, 2, 3)).double().cpu()
             counts[str(tier.tier)] = counts.get(str(tier.tier), 0) + count
+            rest = rest - count
         return counts
 
     def kept_tokens(self) -> Tensor:

@@ -43,12 +43,20 @@ class Reader(ABC):
         ]
         self._follow(changes)
 
-    def fork(self, forks: Mapping[PolicyStore, tuple[PolicyStore, Tensor]]) -> Self:
-        """A reader of forked stores: of each store that goes on its fork, and which of its rows were taken (int64 [n])."""
+    def rows_of(self, taken: Mapping[PolicyStore, Tensor]) -> Tensor:
+        """Rows of this reader, int64, from those that are taken of its stores (int64 each)."""
+        return torch.cat([taken[store] + rows.start for store, rows in self._rows() if store in taken])
+
+    def fork(self, stores: Sequence[PolicyStore], rows: Tensor) -> Self:
+        """A reader of its own with some of the rows, see `select`."""
         forked = copy.copy(self)
-        forked.stores = [forks[store][0] for store in self.stores if store in forks]
-        forked._take(torch.cat([forks[store][1] + rows.start for store, rows in self._rows() if store in forks]))
+        forked.select(stores, rows)
         return forked
+
+    def select(self, stores: Sequence[PolicyStore], rows: Tensor) -> None:
+        """Go on with some rows (int64, of those that stood here) of these stores, which have been cut to them already."""
+        self.stores = list(stores)
+        self._take(rows)
 
     def _rows(self) -> list[tuple[PolicyStore, slice]]:
         found = []
@@ -68,4 +76,4 @@ class Reader(ABC):
 
     @abstractmethod
     def _take(self, rows: Tensor) -> None:
-        """Go on with some rows (int64), in memory of its own; the stores are forked already."""
+        """Go on with some rows (int64), in memory of its own; the stores are cut to them already."""

@@ -4,7 +4,7 @@ belongs to them. This is what a compressed cache really holds; bytes are counted
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from mikv.kernels import pick
 from mikv.quant.codec import Codec, Parts, storage_dtype
 from mikv.types import Index, Tier, at
 
-# Slots are appended in steps of this many, so that a decode step rarely has to move the store.
-_GROW = 32
+# When slots are needed, so many are added: few enough that what is allocated stays close to what is used, enough that moving
+# the store costs less than reading it (a copy of all slots in 32 steps of a decode).
+_MORE, _SHARE = 4, 32
 
 
 class Pairs(NamedTuple):
@@ -38,7 +39,9 @@ class TierStore:
         head_dim: D.
         balancer: float32 [L, B, H, 1, D] for keys of a quantized tier, or None.
         compute: dtype of the model.
-        with_positions: positions must be stored (where they don't follow from the slot).
+        positions: `stored` where the policy needs them (to rank tokens, to re-index them); `tracked` where only a dense copy
+            does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots` where they are
+            the slots' numbers; `unknown` where nobody asks.
         with_scores: scores must be stored (where a token can still be demoted).
         packing: who quantizes and packs, see mikv.kernels.pick.
     """
@@ -51,7 +54,7 @@ class TierStore:
         head_dim: int,
         balancer: Tensor | None,
         compute: torch.dtype,
-        with_positions: bool,
+        positions: str,
         with_scores: bool,
         packing: str = "reference",
     ) -> None:
@@ -59,7 +62,7 @@ class TierStore:
         self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
         self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
         self._balancer = balancer if tier.k < 16 else None
-        self._with_positions, self.with_scores = with_positions, with_scores
+        self._positions, self.with_scores = positions, with_scores
         self._packing = packing
         self.tier = tier
         self.count = count.clone()
@@ -85,10 +88,15 @@ class TierStore:
         """Slots that are allocated, used or not."""
         return self._shape[3]
 
+    @property
+    def knows_positions(self) -> bool:
+        return self._positions != "unknown"
+
     def positions(self, layers: slice = slice(None)) -> Tensor:
         """int64 [l, B, H, S] of some layers; of unused slots whatever lies there."""
-        if self._with_positions:
+        if "positions" in self.parts:
             return self.parts["positions"][layers].squeeze(-1).long()
+        assert self._positions == "slots", "nobody asked for this tier's positions when it was made"
         shape = self._shape
         return torch.arange(shape[3], device=self.device).expand(shape[:4])[layers]
 
@@ -149,36 +157,53 @@ class TierStore:
     def _pairs(self, one_slot: Parts) -> Pairs:
         """Dequantized pairs [L, B, H, ...] of parts [L, B, H, 1, *]."""
         keys, values = self._decode(one_slot)
-        positions = one_slot["positions"].long().flatten(2) if self._with_positions else self.positions()[..., 0]
+        if "positions" in one_slot:
+            positions = one_slot["positions"].long().flatten(2)
+        else:  # of a tier that nobody leaves: anything
+            positions = torch.zeros(self._shape[:3], dtype=torch.int64, device=self.device)
         scores = one_slot["scores"].flatten(2) if self.with_scores else None
         return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
 
     def fork(self, rows: Tensor) -> TierStore:
         """A store of its own with some of the rows (int64, CPU; one may come several times)."""
         forked = copy.copy(self)
-        there = rows.to(self.device)
-        forked.parts = {name: part[:, there] for name, part in self.parts.items()}
-        forked.count = self.count[rows]
-        if self._balancer is not None:
-            forked._balancer = self._balancer[:, there]
+        forked.parts = dict(self.parts)
+        forked.select(rows)
         return forked
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows; part by part, so that what is left is not held twice."""
+        there = rows.to(self.device)
+        for name in self.parts:
+            self.parts[name] = self.parts[name][:, there]
+        self.count = self.count[rows]
+        if self._balancer is not None:
+            self._balancer = self._balancer[:, there]
 
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""
-        layers, _, heads = self._shape[:3]
         per_part: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
-            kind = name.rpartition(".")[2]
-            slot_bytes = part.shape[4] * part.element_size() * layers * heads
-            per_part[kind] = per_part.get(kind, torch.zeros_like(self.count)) + self.count * slot_bytes
+        for name, slot_bytes in self._slot_bytes():
+            per_part[name] = per_part.get(name, torch.zeros_like(self.count)) + self.count * slot_bytes
         return per_part
+
+    def allocated(self) -> int:
+        """Bytes of all slots of one row, used or not: what these tensors take of the memory."""
+        return self.slots * sum(slot_bytes for _, slot_bytes in self._slot_bytes())
+
+    def _slot_bytes(self) -> Iterator[tuple[str, int]]:
+        """Parts that are counted, and the bytes of one of their slots in all layers and heads of a row."""
+        layers, _, heads = self._shape[:3]
+        for name, part in self.parts.items():
+            if name != "positions" or self._positions == "stored":
+                yield name.rpartition(".")[2], part.shape[4] * part.element_size() * layers * heads
 
     def _encode(self, pairs: Pairs, layers: slice = slice(None)) -> Parts:
         """Parts [l, B, H, S, *] of pairs [l, B, H, S, ...] of some layers."""
         balancer = None if self._balancer is None else self._balancer[layers]
         parts = {f"keys.{name}": part for name, part in self._stored(self._key_codec, pairs.keys, balancer).items()}
         parts |= {f"values.{name}": part for name, part in self._stored(self._value_codec, pairs.values, None).items()}
-        if self._with_positions:
+        if self._positions in ("stored", "tracked"):
             parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
         if self.with_scores:
             assert pairs.scores is not None
@@ -216,5 +241,5 @@ class TierStore:
 
     def _grow(self) -> None:
         for name, part in self.parts.items():
-            more = part.new_zeros((*part.shape[:3], _GROW + part.shape[3] // 8, part.shape[4]))
+            more = part.new_zeros((*part.shape[:3], _MORE + part.shape[3] // _SHARE, part.shape[4]))
             self.parts[name] = torch.cat((part, more), dim=3)

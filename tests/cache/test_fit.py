@@ -21,7 +21,7 @@ from mikv.models.tiny import tiny_config
         ("uniform", {"tier.bits": 4}, 64 + 16),  # 128 elements of 4 bits; a scale and a minimum of 2 bytes for 2 x 2 groups
         ("uniform", {"tier.bits": 4, "balance": True}, 80 + 64 * 4 / TOKENS),
         ("h2o", {"keep": 0.5}, (256 + 4 + 4) / 2),  # position and score of a token that stays
-        ("mikv", {"keep": 0.5}, (256 + 4 + 4 + 32 + 16 + 4) / 2 + 64 * 4 / TOKENS),
+        ("mikv", {"keep": 0.5}, (256 + 4 + 4 + 32 + 16) / 2 + 64 * 4 / TOKENS),  # who is in the last tier never moves again
     ],
 )
 def test_the_size_is_counted_from_what_is_stored(name: str, options: dict[str, Any], bytes_per_token: float) -> None:
