@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mikv.cache.fit import largest_share
 from mikv.models.load import ModelSpec, load_geometry
 from mikv.policy import Policy
-from mikv.runner import Run
+from mikv.run import Run
 from mikv.tracking import Tracker
 
 CONF = (Path(__file__).parent.parent / "conf").resolve()

@@ -14,6 +14,18 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def record_key(run: Mapping[str, Any], policy_id: str, unit: Mapping[str, Any]) -> str:
+    """Key of one policy's outcome of one unit of a run.
+
+    Args:
+        run: the run's identity.
+        policy_id: fingerprint of the policy's.
+        unit: doc_id, subtask and asked, of which the last two may be None.
+    """
+    which = {name: unit.get(name) for name in ("doc_id", "subtask", "asked")}
+    return fingerprint({"run": fingerprint(run), "policy": policy_id, **which})
+
+
 def content_fingerprint(path: Path) -> str:
     """16 hexadecimal digits that name the content of a file, or of a folder of weights.
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mikv.identity import identity_of
 from mikv.importance.base import Importance
 from mikv.types import Tier
 
@@ -70,6 +72,13 @@ class Policy:
             raise ValueError(f"{self.name}: sinks={self.sinks} is negative")
         check_choice(f"{self.name}: budget", self.budget, ("ratio", "fixed"))
         check_choice(f"{self.name}: positions", self.positions, ("original", "contiguous"))
+
+    def identity(self) -> dict[str, Any]:
+        """All that a policy is but its name and label, for the keys of records: derived, so that a field which a subclass
+        adds is in it."""
+        identity = identity_of(self, leave_out=("name", "label"))
+        assert isinstance(identity, dict)
+        return identity
 
     @property
     def evicts(self) -> bool:

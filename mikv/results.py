@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mikv.records import read_rows
+from mikv.records import read_environments, read_rows
 
 if TYPE_CHECKING:  # the report and the tracker do without it
     import pandas as pd
@@ -27,13 +27,15 @@ class Results:
     """One run.
 
     summary: a row per policy, the full twin first; samples: a row per policy and sample (of a kept result set: the flipped
-    ones alone); about: identity and environment, as in run.json; config: the resolved configuration as YAML, where it is kept.
+    ones alone); about: as in run.json, with the identity; environments: of the processes that made the samples; config: the
+    resolved configuration as YAML, where it is kept.
     """
 
     name: str
     summary: list[Row]
     samples: list[Row]
     about: Row
+    environments: Mapping[str, Row]
     config: str
 
     @property
@@ -72,6 +74,7 @@ def read_results(folder: Path) -> Results:
         summary=summary,
         samples=samples,
         about=json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
+        environments=read_environments(folder),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
 

@@ -5,136 +5,33 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mikv.batches import Request, Response, serve
-from mikv.cache.reading import Reading, decide
 from mikv.engine import Engine
-from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import combine, summarize
 from mikv.models.architecture import geometry
-from mikv.models.load import Loaded, ModelSpec, load, load_geometry
+from mikv.models.load import Loaded, load, load_geometry
 from mikv.plots import save_curve, save_depth_maps
-from mikv.policy import Policy, check_choice
-from mikv.records import Row, RunFolder
+from mikv.policy import Policy
+from mikv.records import Row, RunFolder, check_identity, read_samples, to_lines
+from mikv.run import Run
+from mikv.run_summary import Collected, collect, summary_rows
 from mikv.stopping import Stopping
 from mikv.table import print_table
-from mikv.tasks.base import Task
-from mikv.tasks.prompting import QUESTION
-from mikv.work.base import Encoded, Openable, Unit, Work, task_identity
-from mikv.work.suite import SuiteWork, open_task
+from mikv.work.base import Encoded, Unit, Work
 
 
 class RunError(RuntimeError):
     """The run can't be done or its outcome means nothing; the message says why. Records already made are kept."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs, checked.
-
-    Args:
-        model: which model.
-        panel: policies, `full` first; labels are unique.
-        task: what is asked.
-        limit: number of samples (of each subtask); None = all that there are.
-        question: visible or hidden, see mikv.engine.
-        batch_size: prompts at a time; each brings a row per policy. Changes speed and memory, not answers.
-        seed: of the samples.
-        reader, attention: how the compressed cache is read, see mikv.cache.reading; None = as it suits the device.
-        fidelity: feed the full twin's own answers through each policy's cache (scored continuations always are).
-        name: folder name; None = made from model, task, panel and the hash of what is asked.
-        out: folder of all runs.
-        title: name of the panel or policy, for the folder's name.
-        config: resolved configuration as YAML, for the record.
-    """
-
-    model: ModelSpec
-    panel: tuple[Policy, ...]
-    task: Task | Openable
-    limit: int | None
-    question: str = "visible"
-    batch_size: int = 4
-    seed: int = 0
-    reader: str | None = None
-    attention: str | None = None
-    fidelity: bool = True
-    name: str | None = None
-    out: Path = Path("results/runs")
-    title: str = "panel"
-    config: str = ""
-
-    def __post_init__(self) -> None:
-        check_choice("protocol.question", self.question, QUESTION)
-        _ = self.reading
-        for name, value in (("task.limit", self.limit), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: at least 1")
-        labels = [policy.label for policy in self.panel]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"the panel has {', '.join(twice)} more than once; each row must differ in something")
-
-    @cached_property
-    def reading(self) -> Reading:
-        """How caches will be read, known before the weights are: it is a part of the identity."""
-        device, dtype = self.model.resolve_device(), self.model.resolve_dtype()
-        return decide(self.reader, self.attention, device, dtype, lambda: load_geometry(self.model).head_dim)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What changes an outcome, besides policy and sample. Not: limit, batch size, paths, nor a reader that does the same.
-
-        Computed once: weights in a local folder are read for their fingerprint.
-        """
-        return {
-            "model": {
-                "name": self.model.name,
-                "weights": self.model.describe(),
-                "dtype": str(self.model.resolve_dtype()).removeprefix("torch."),
-            },
-            "task": task_identity(self.task),
-            "protocol": {"question": self.question, "fidelity": self.fidelity, **self.reading.protocol},
-            "seed": self.seed,
-        }
-
-    def key(self, policy: Policy, unit: Unit) -> str:
-        """Key of one policy's answer to one unit."""
-        which = {name: value for name, value in dataclasses.asdict(unit).items() if value is not None}
-        return fingerprint({**self.identity, "policy": policy_identity(policy), **which})
-
-    def open(self) -> Work:
-        """Find the task's data and make its units."""
-        return open_task(self.task, self.model, self.limit, self.seed, self.question)
-
-    def folder(self) -> Path:
-        if self.name is not None:
-            return self.out / self.name
-        scope = {"limit": self.limit, **(self.task.scope() if isinstance(self.task, Openable) else {})}
-        asked = {**self.identity, **scope, "panel": [policy_identity(p) for p in self.panel]}
-        return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
-
-
-def policy_identity(policy: Policy) -> dict[str, Any]:
-    """What of a policy changes an outcome (its name and label do not)."""
-    return {
-        "tiers": [[tier.k, tier.v, tier.group] for tier in policy.tiers],
-        "shares": list(policy.shares),
-        "importance": repr(policy.importance),
-        "recent": policy.recent,
-        "sinks": policy.sinks,
-        "budget": policy.budget,
-        "balance": policy.balance,
-        "positions": policy.positions,
-    }
-
-
 def execute(run: Run) -> list[Row]:
     """Do what is not done yet, then summarize. Returns the summary rows.
+
+    A run that is finished is shown and nothing is written: its folder may be read-only.
 
     Raises:
         RunError, ModelUnavailable, RecordError, ValueError: before long work starts where that is possible.
@@ -144,8 +41,42 @@ def execute(run: Run) -> list[Row]:
     units = work.units()
     if not units:
         raise RunError(f"the task {run.task.name} has no samples")
+    summary, collected = _finished(run, work, units) or _complete(run, work, units)
+    _show(run, summary, collected)
+    return summary
+
+
+Summarized = tuple[list[Row], Collected]
+"""Rows of the summary, and what they were made of."""
+
+
+def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]) -> Summarized:
+    collected = collect(done, units, list(run.policy_ids.values()))
+    return summary_rows(work, collected.rows), collected
+
+
+def _finished(run: Run, work: Work, units: Sequence[Unit]) -> Summarized | None:
+    """What a folder says in which nothing is missing; None where there is something to do."""
+    folder = run.folder()
+    if not (folder / "run.json").exists():
+        return None
+    check_identity(folder, run.identity)
+    done = read_samples(folder)
+    if _missing(run, units, done):
+        return None
+    summary, collected = _summarize(run, work, units, done)
+    file = folder / "summary.jsonl"
+    if not file.exists() or file.read_text(encoding="utf-8") != to_lines(summary):
+        return None
+    print(f"{folder}: all {len(units)} samples are done already")
+    return summary, collected
+
+
+def _complete(run: Run, work: Work, units: Sequence[Unit]) -> Summarized:
+    """Compute what is missing in the run's folder, and write its summary."""
     with Stopping() as stopping, RunFolder(run.folder(), run.identity, run.config) as records:
         done = records.samples()
+        collect(done, units, list(run.policy_ids.values()))  # what can't be summarized is refused before more is computed
         todo = _missing(run, units, done)
         left = sum(map(len, todo.values()))
         if not todo:
@@ -154,14 +85,9 @@ def execute(run: Run) -> list[Row]:
             print(f"{records.path}: going on, {len(units) - left} of {len(units)} samples are done")
         if todo:
             _answer(run, work, todo, records, done, stopping)
-        summary = _summarize(run, work, units, done)
-        file = records.write_summary(summary)
-    print_table(summary)
-    plot = save_curve(file.with_name("curve.png"), summary)
-    _draw_depths(run, units, done, file.with_name("depth.png"))
-    print(f"plot     {plot}\nrecords  {file.with_name('samples.jsonl')}\nsummary  {file}")
-    _report(run, summary)
-    return summary
+        summary, collected = _summarize(run, work, units, done)
+        records.write_summary(summary)
+    return summary, collected
 
 
 def _missing(run: Run, units: Sequence[Unit], done: dict[str, Row]) -> dict[tuple[Policy, ...], list[Unit]]:
@@ -194,19 +120,26 @@ def _answer(
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
     stopping.heed()  # loading takes minutes
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
-    with tqdm(total=len(encoded), desc=f"{run.model.name} {run.task.name}", unit="sample", mininterval=pace) as progress:
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    name = f"{run.model.name} {run.task.name}"
+    with tqdm(total=len(encoded), desc=name, unit="sample", mininterval=pace, bar_format=shape) as progress:
+        finished = 0
         for lacking, units in todo.items():
-            # the twin comes first, whether its own records are there or not: fidelity is measured against it
+            # the full cache comes first, whether its own records are there or not: fidelity is measured against it
             panel = [run.panel[0], *(policy for policy in lacking if policy != run.panel[0])]
-            for unit, responses, seconds in _serve(run, engine, units, encoded, panel, stopping):
+
+            def watch(share: float, before: int = finished, here: int = len(units)) -> None:
+                progress.update(before + share * here - progress.n)
+
+            for served in _serve(run, engine, units, encoded, panel, stopping, watch):
+                outcomes = work.outcomes(served.unit, served.responses)
                 rows = [
-                    _row(run, policy, unit, loaded, encoded[unit], mine) | outcome | {"seconds": seconds}
-                    for policy, mine, outcome in zip(panel, responses, work.outcomes(unit, responses), strict=True)
+                    _row(run, policy, served, encoded[served.unit], mine, loaded) | outcome
+                    for policy, mine, outcome in zip(panel, served.responses, outcomes, strict=True)
                     if policy in lacking
                 ]
-                records.append(rows)
-                done.update((row["key"], row) for row in rows)
-                progress.update()
+                done.update((row["key"], row) for row in records.append(rows))
+            finished += len(units)
 
 
 def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict[Unit, Encoded]:
@@ -225,6 +158,17 @@ def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict
     return encoded
 
 
+@dataclass(frozen=True)
+class _ServedUnit:
+    """A unit that is done: responses by policy and request, its share of the time, and the shape of its (largest) batch:
+    prompts and policies."""
+
+    unit: Unit
+    responses: list[list[Response]]
+    seconds: dict[str, float]
+    batch: tuple[int, int]
+
+
 def _serve(
     run: Run,
     engine: Engine,
@@ -232,9 +176,9 @@ def _serve(
     encoded: dict[Unit, Encoded],
     panel: Sequence[Policy],
     stopping: Stopping,
-) -> Iterator[tuple[Unit, list[list[Response]], dict[str, float]]]:
-    """Units as they get done: their responses by policy and request, and their share of the time. Between two batches, when
-    the caller has recorded all units of the first, signals are heeded."""
+    watch: Callable[[float], None],
+) -> Iterator[_ServedUnit]:
+    """Units as they get done. Between two batches, when the caller has recorded all units of the first, signals are heeded."""
     requests: list[Request] = []
     owner: list[Unit] = []
     first: dict[Unit, int] = {}
@@ -244,27 +188,32 @@ def _serve(
         owner += [unit] * len(encoded[unit].requests)
     responses: dict[Unit, dict[int, list[Response]]] = {unit: {} for unit in units}
     seconds: dict[Unit, Counter[str]] = {unit: Counter() for unit in units}
-    for served in serve(engine, requests, panel, run.batch_size, run.fidelity):
+    prompts: Counter[Unit] = Counter()
+    for served in serve(engine, requests, panel, run.batch_size, run.fidelity, watch):
         for index, by_policy in served.responses.items():
             unit = owner[index]
             responses[unit][index - first[unit]] = by_policy
+            prompts[unit] = max(prompts[unit], served.prompts)
             for phase, spent in dataclasses.asdict(served.seconds).items():
                 seconds[unit][phase] += spent / len(served.responses)
             if len(responses[unit]) == len(encoded[unit].requests):
                 mine = responses.pop(unit)
-                yield unit, [[mine[i][p] for i in range(len(mine))] for p in range(len(panel))], dict(seconds.pop(unit))
+                by_policy_and_request = [[mine[i][p] for i in range(len(mine))] for p in range(len(panel))]
+                yield _ServedUnit(unit, by_policy_and_request, dict(seconds.pop(unit)), (prompts.pop(unit), len(panel)))
         stopping.heed()
 
 
-def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded, responses: Sequence[Response]) -> Row:
+def _row(run: Run, policy: Policy, served: _ServedUnit, encoded: Encoded, responses: Sequence[Response], loaded: Loaded) -> Row:
     """What every record has. Of a unit with several prompts (windows of a document), bytes and tokens in
     the cache are sums, prompt_tokens is the longest one's."""
     nbytes: Counter[str] = Counter()
     for response in responses:
         nbytes.update(response.usage.nbytes)
+    unit = served.unit
     return {
         "key": run.key(policy, unit),
         "policy": policy.name,
+        "policy_id": run.policy_ids[policy],
         "label": policy.label,
         "model": run.model.name,
         "task": run.task.name,
@@ -272,6 +221,7 @@ def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded,
         "sample": unit.name,
         "subtask": unit.subtask,
         "doc_id": unit.doc_id,
+        "asked": unit.asked,
         "prompt_tokens": max(request.prompt.tokens for request in encoded.requests),
         "cut_tokens": encoded.cut_tokens,
         "compressed_tokens": sum(response.compressed_tokens for response in responses),
@@ -279,66 +229,67 @@ def _row(run: Run, policy: Policy, unit: Unit, loaded: Loaded, encoded: Encoded,
         "seen_tokens": sum(response.usage.seen_tokens for response in responses),
         "nbytes": dict(nbytes),
         "full_nbytes": sum(response.usage.full_nbytes for response in responses),
-        "head_dim": geometry(loaded.model.config).head_dim,
+        "size_percent_paper": policy.paper_size(geometry(loaded.model.config).head_dim),
+        # from here on: what may differ where the same is computed again
+        "allocated_nbytes": sum(response.usage.allocated_nbytes for response in responses),
+        "peak_nbytes": _peak(loaded.model.device.type),
         "reader": run.reading.reader,
+        "attention": run.reading.attention or "torch",
+        "batch": list(served.batch),
+        "seconds": served.seconds,
     }
 
 
-def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
-    rows = {policy: _rows(run, policy, units, done) for policy in run.panel}
-    twins = {row["sample"]: row for row in rows[run.panel[0]]}
-    summary = []
-    for policy in run.panel:
-        scores = work.summarize(rows[policy])
-        summary.append(
-            {
-                "policy": policy.name,
-                "label": policy.label,
-                "model": run.model.name,
-                "task": run.task.name,
-                "question": run.question,
-                "metric": work.metric,
-                "lower_is_better": work.lower_is_better,
-                **summarize(rows[policy], twins, work.flags, scores.value, work.lower_is_better),
-                **_parts(work, rows[policy], twins),
-                "scores": dict(scores.scores),
-                "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
-                "size_percent_paper": policy.paper_size(rows[policy][0]["head_dim"]),
-            }
+def _peak(device: str) -> int | None:
+    """Most bytes of memory that the process has held so far: of the GPUs' where the model runs on them, else of the machine's.
+    None where the system does not tell."""
+    if device == "cuda":
+        import torch
+
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _show(run: Run, summary: Sequence[Row], collected: Collected) -> None:
+    """Table, plots and notes."""
+    folder = run.folder()
+    print_table(summary)
+    for kind, file in _plots(run, summary, collected):
+        print(f"{kind:<8} {file}")
+    print(f"records  {folder / 'samples.jsonl'}\nsummary  {folder / 'summary.jsonl'}")
+    if collected.more or len(collected.rows) > len(run.panel):
+        print(
+            f"note: the summary is of all that the folder holds ({len(collected.rows)} policies, {summary[0]['samples']} "
+            f"samples); this command asked for {len(run.panel)} and {summary[0]['samples'] - collected.more} of them"
         )
-    return summary
+    if collected.replaced:
+        print(f"note: {collected.replaced} records in the folder are of samples with other content than now, and don't count")
+    _report(run, summary)
 
 
-def _parts(work: Work, rows: Sequence[Row], twins: dict[str, Row]) -> Row:
-    """Of a suite: the mean of its risks with its error, and each part's own summary."""
-    if not isinstance(work, SuiteWork):
-        return {}
-    parts: dict[str, Row] = {}
-    whole = {part: {row["sample"]: row for row in work.rows_of(part, list(twins.values()))} for part in work.parts}
-    for name, part in work.parts.items():
-        mine = work.rows_of(name, rows)
-        scores = part.summarize(mine)
-        flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
-        parts[name] = {
-            "metric": part.metric,
-            "lower_is_better": part.lower_is_better,
-            **summarize(mine, whole[name], flags, scores.value, part.lower_is_better),
-            "scores": dict(scores.scores),
-        }
-    return {**combine(parts, work.risks), "risks": dict(work.risks), "parts": parts}
-
-
-def _draw_depths(run: Run, units: Sequence[Unit], done: dict[str, Row], file: Path) -> None:
-    """A map of depth x lines for each policy, where samples have both."""
-    placed = {p.label: [row for row in _rows(run, p, units, done) if "lines" in row and "depth" in row] for p in run.panel}
-    samples = placed[run.panel[0].label]
+def _plots(run: Run, summary: Sequence[Row], collected: Collected) -> Iterator[tuple[str, Path]]:
+    """Draw the curve and, where samples have lines and depths, their map for each policy; not where that has been done since
+    the summary was written."""
+    folder, drawings = run.folder(), [("plot", "curve.png", partial(save_curve, rows=summary))]
+    placed = {rows[0]["label"]: [row for row in rows if "lines" in row and "depth" in row] for rows in collected.rows.values()}
+    samples = placed[summary[0]["label"]]
     if len({row["lines"] for row in samples}) > 1:
-        save_depth_maps(file, placed, f"{run.model.name} on {run.task.name}, n = {len(samples)}")
-        print(f"map      {file}")
-
-
-def _rows(run: Run, policy: Policy, units: Sequence[Unit], done: dict[str, Row]) -> list[Row]:
-    return [done[run.key(policy, unit)] for unit in units]
+        title = f"{run.model.name} on {run.task.name}, n = {len(samples)}"
+        drawings.append(("map", "depth.png", partial(save_depth_maps, by_policy=placed, title=title)))
+    written = (folder / "summary.jsonl").stat().st_mtime
+    for kind, name, draw in drawings:
+        file = folder / name
+        try:
+            if not file.exists() or file.stat().st_mtime < written:
+                draw(file)
+            yield kind, file
+        except OSError as error:
+            print(f"note: {file} can't be drawn ({error.strerror})")
 
 
 def _report(run: Run, summary: Sequence[Row]) -> None:
@@ -347,15 +298,16 @@ def _report(run: Run, summary: Sequence[Row]) -> None:
     if summary[0]["cut"]:
         cut, samples, tokens = summary[0]["cut"], summary[0]["samples"], summary[0]["cut_tokens"]
         print(f"note: {cut} of {samples} prompts did not fit the model and lost {tokens} tokens on the left")
-    unended = [f"{policy.label} {row['unended']}" for policy, row in zip(run.panel, summary, strict=True) if row["unended"]]
+    unended = [f"{row['label']} {row['unended']}" for row in summary if row["unended"]]
     if unended:
         print(f"note: of {summary[0]['samples']} answers each, so many ran into the limit of new tokens: {', '.join(unended)}")
-    for policy, row in zip(run.panel, summary, strict=True):
-        if policy.lossless or row["exercised"] == row["samples"]:
+    compressing = {policy.label for policy in run.panel if not policy.lossless}
+    for row in summary:
+        if row["label"] not in compressing or row["exercised"] == row["samples"]:
             continue
         if row["exercised"] == 0:
             raise RunError(
-                f"{policy.label} was never exercised: no context was long enough for it to compress a token, so its "
+                f"{row['label']} was never exercised: no context was long enough for it to compress a token, so its "
                 "numbers are those of the full cache. Use longer prompts or a smaller budget."
             )
-        print(f"note: {policy.label} compressed something in {row['exercised']} of {row['samples']} samples only")
+        print(f"note: {row['label']} compressed something in {row['exercised']} of {row['samples']} samples only")

@@ -16,22 +16,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
-from mikv.records import RecordError, to_line, write_atomically
+from mikv.records import RecordError, to_line, to_lines, write_atomically
 from mikv.results import Results, ResultsError, flips, panel_of, read_results
 
+# What of an environment says something of the machine alone, and nothing of the numbers.
+_OF_THE_MACHINE = ("system", "processors", "driver")
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 
 def keep(results: Results, panel: str | None, folder: Path, samples: bool = True) -> None:
     """Write the small folder; what was there before is replaced."""
-    environment = {name: of for name, of in results.about["environment"].items() if name not in ("system", "processors")}
+    environments = (
+        json.dumps({"id": name, **{field: of for field, of in one.items() if field not in _OF_THE_MACHINE}}) + "\n"
+        for name, one in results.environments.items()
+    )
     rows = {row["key"]: row for pair in flips(results) for row in pair}
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    about = {"identity": results.about["identity"], "panel": panel, "environment": environment}
+    about = {"identity": results.about["identity"], "panel": panel, "kept": "flips" if samples else "summary"}
     write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    write_atomically(folder / "summary.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.summary))
+    write_atomically(folder / "environments.jsonl", "".join(environments))
+    write_atomically(folder / "summary.jsonl", to_lines(results.summary))
     if samples:
         write_atomically(folder / "samples.jsonl", "".join(map(to_line, rows.values())))
 

@@ -91,10 +91,10 @@ def test_a_signal_waits_for_the_batch_and_the_scheduler_is_called_when_the_folde
     """submitit's handler requeues the job and ends the process: then the claim must have been given back."""
     append, called = RunFolder.append, []
 
-    def signalled(self: RunFolder, new: Any) -> None:
+    def signalled(self: RunFolder, new: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR2)
         monkeypatch.setattr(RunFolder, "append", append)
-        append(self, new)
+        return append(self, new)
 
     def requeue(number: int, _: object) -> None:
         with RunFolder(tmp_path / "x", run.identity, ""):

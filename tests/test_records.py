@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import IDENTITY, ROOT
 
-from mikv.records import VERSION, RecordError, RunFolder, read_rows, write_atomically
+from mikv.records import VERSION, RecordError, RunFolder, read_environments, read_rows, write_atomically
+from mikv.records.environment import environment, summarized
 
 
 def folder(path: Path, identity: dict[str, Any] | None = None, config: str = "seed: 0\n") -> RunFolder:
@@ -60,7 +63,9 @@ def test_what_was_appended_is_read_back_by_key_also_in_a_later_run(tmp_path: Pat
         run.append(rows("a", "b"))
         run.append(rows("c"))
     with folder(tmp_path / "run") as again:
-        assert again.samples() == {row["key"]: {"version": VERSION, **row} for row in rows("a", "b", "c")}
+        (environment,) = read_environments(tmp_path / "run")
+        named = {"version": VERSION, "environment": environment}
+        assert again.samples() == {row["key"]: named | row for row in rows("a", "b", "c")}
 
 
 def test_a_row_is_on_the_disk_before_append_returns(tmp_path: Path) -> None:
@@ -153,14 +158,49 @@ def test_tuples_of_an_identity_are_json_lists_not_a_difference(tmp_path: Path) -
             pass
 
 
-def test_identity_environment_and_configuration_are_kept(tmp_path: Path) -> None:
+def test_identity_and_configuration_are_kept(tmp_path: Path) -> None:
     with folder(tmp_path, config="a: 1\n"):
         pass
-    kept = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
-    assert kept["identity"] == IDENTITY
-    assert {"git_commit", "git_dirty", "python", "packages", "system"} <= set(kept["environment"])
-    assert {"torch", "transformers"} <= set(kept["environment"]["packages"])
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"identity": IDENTITY}
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "a: 1\n"
+
+
+def test_each_process_that_appends_notes_where_it_runs_and_its_rows_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume over two commits must show both."""
+    for key, commit in (("a", "1" * 40), ("b", "2" * 40)):
+        monkeypatch.setattr("mikv.records.folder.environment", lambda commit=commit: {"git_commit": commit, "git_dirty": True})
+        with folder(tmp_path) as run:
+            run.append(rows(key))
+            run.append(rows(f"{key}2"))
+    with folder(tmp_path) as run:
+        assert len(run.samples()) == 4  # who only looks notes nothing
+    noted = read_environments(tmp_path)
+    assert [one["git_commit"][0] for one in noted.values()] == ["1", "2"]
+    of_row = {row["key"]: noted[row["environment"]]["git_commit"][0] for row in read_rows(tmp_path / "samples.jsonl")}
+    assert of_row == {"a": "1", "a2": "1", "b": "2", "b2": "2"}
+    assert summarized(list(noted.values())).startswith("commit 11111111+ and 22222222+")
+
+
+def test_an_environment_says_what_numbers_depend_on() -> None:
+    found = environment()
+    assert re.fullmatch("[0-9a-f]{40}", str(found["git_commit"]))
+    assert {"torch", "transformers", "lm-eval", "tokenizers", "triton"} <= found["packages"].keys()
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert {"git_dirty", "cuda", "gpus", "driver", "processor", "cpu_capability", "python"} <= found.keys()
+    assert os.uname().nodename not in json.dumps(found)
+
+
+@pytest.mark.parametrize("precious", ["config.yaml", "notes.txt", ".git"])
+def test_a_folder_that_is_no_runs_is_left_alone(precious: str, tmp_path: Path) -> None:
+    """A user's own config.yaml would be replaced."""
+    (tmp_path / precious).write_text("mine", encoding="utf-8")
+    with pytest.raises(RecordError, match=f"is not the folder of a run .*{precious}"), folder(tmp_path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == [precious]
+    assert (tmp_path / precious).read_text(encoding="utf-8") == "mine"
 
 
 def test_a_damaged_run_json_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidel
 # Documents of each task that a subset takes; None = all.
 SUBSETS: dict[str, int | None] = {"full": None, "tiny": 2}
 _OWN = {"humaneval": HUMANEVAL}
+# What of a task's configuration makes a score of a reply.
+_JUDGED = ("filter_list", "metric_list", "process_results", "doc_to_target", "doc_to_choice", "target_delimiter")
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class Harness:
             raise ValueError(f"task.head={self.head}: from 1 to task.window={self.window}")
 
     def identity(self) -> dict[str, Any]:
-        """Prompts, few-shot examples and task versions are in each unit's `asked`."""
-        return {"name": self.name, "version": 1}
+        """Prompts, documents and how they are judged are in each unit's `asked`; `metric` decides which score counts."""
+        return {"name": self.name, "version": 1, "metric": self.metric}
 
     def scope(self) -> dict[str, Any]:
         return {"subset": self.subset, "only": sorted(self.only) if self.only else None, "num_fewshot": self.num_fewshot}
@@ -165,12 +168,14 @@ class HarnessWork:
         self._instances: dict[str, list[Instance]] = {}
         self._units: list[Unit] = []
         for name, task in tasks.items():
+            config = task.config.to_dict(keep_callable=False)  # functions as their source
+            judged = json.dumps({option: config.get(option) for option in _JUDGED}, default=_named, sort_keys=True)
             by_doc: dict[int, list[Instance]] = defaultdict(list)
             for instance in task.instances:
                 by_doc[int(instance.doc_id or 0)].append(instance)
             for doc_id, instances in by_doc.items():
                 instances.sort(key=lambda instance: instance.idx)
-                unit = Unit(doc_id, name, self._asked(task, instances))
+                unit = Unit(doc_id, name, self._asked(task, instances, judged))
                 self._units.append(unit)
                 self._instances[unit.name] = instances
         self._headlines = self._find_headlines()
@@ -180,12 +185,15 @@ class HarnessWork:
         self._lm: PanelLM | None = None
         self._encoded: dict[str, EncodedInstances] = {}
 
-    def _asked(self, task: Task, instances: Sequence[Instance]) -> str:
+    def _asked(self, task: Task, instances: Sequence[Instance], judged: str) -> str:
+        """Hash of a document: its requests, its own content (gold answers, what metrics read), and how replies are judged."""
         rolling = instances[0].request_type == "loglikelihood_rolling"
         return fingerprint(
             {
                 "version": str(task.VERSION),
                 "requests": [[instance.request_type, list(instance.args), instance.repeats] for instance in instances],
+                "document": json.dumps(instances[0].doc, default=_named, sort_keys=True),
+                "judged": judged,
                 **({"window": self._harness.window, "head": self._harness.head} if rolling else {}),
             }
         )
@@ -376,6 +384,11 @@ def _over_windows(responses: Sequence[Sequence[Response]]) -> list[Fidelity | No
         parts = [scores.continuations[0].fidelity for scores in mine if isinstance(scores, Scores)]
         result.append(Fidelity(*(float(np.average(column, weights=lengths)) for column in zip(*parts, strict=True))))
     return result
+
+
+def _named(value: Any) -> Any:
+    """What JSON has no form for, in words that are the same in every process: a repr without addresses."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _plain(value: Any) -> Any:

@@ -103,6 +103,21 @@ def rate(samples: Sequence[Row], full: Mapping[str, Row] | None, flag: str) -> R
     return measured
 
 
+WRONG = "wrong"
+"""The risk of a suite's part that has no flag for it: what its score misses of 1."""
+
+
+def part_rows(rows: Sequence[Row], part: str, risks: Sequence[str]) -> list[Row]:
+    """Of a suite's rows those of a part, as the part made them, with `wrong` where that is a risk of it."""
+    mine = []
+    for row in rows:
+        name, _, inner = row["subtask"].partition("/")
+        if name == part:
+            known = WRONG in risks and row["score"] is not None
+            mine.append({**row, "subtask": inner or None, **({WRONG: 1 - row["score"]} if known else {})})
+    return mine
+
+
 def combine(parts: Mapping[str, Row], risks: Mapping[str, Sequence[str]]) -> Row:
     """The mean of a suite's risks: of each part (its summary, by name) the rates that `risks` names, each with equal weight.
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import groupby
 from pathlib import Path
 
+from mikv.records.environment import summarized
 from mikv.records.files import RecordError
+from mikv.records.folder import read_environments
 from mikv.records.tree import check, merge, read_file, rows_of, runs
 
 
@@ -28,9 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _list(asked: argparse.Namespace) -> int:
     wanted = list(rows_of(asked.tree, "summary.jsonl", dict(asked.where)))
-    for row in wanted:
-        bytes_, value = f"{row['size_percent']:.1f}", f"{row['value']:.4g}"
-        print(f"{row['run']:<60} {row['label']:<28} {row['metric']} {value:>8}  n {row['n']:>5}  size % {bytes_:>6}")
+    for run, rows in groupby(wanted, key=lambda row: row["run"]):
+        for row in rows:
+            bytes_, value = f"{row['size_percent']:.1f}", f"{row['value']:.4g}"
+            print(f"{run:<60} {row['label']:<28} {row['metric']} {value:>8}  n {row['n']:>5}  size % {bytes_:>6}")
+        print(f"{'':<60} {summarized(list(read_environments(asked.tree / run).values()))}")
     unfinished = [folder for folder in runs(asked.tree) if not (folder / "summary.jsonl").exists()]
     for folder in unfinished if not asked.where else ():
         print(f"{folder.relative_to(asked.tree)!s:<60} unfinished, {len(read_file(folder / 'samples.jsonl'))} samples")
@@ -91,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("tree", type=Path, help="folder of runs, e.g. results/runs")
         return sub
 
-    for name, do, what in (("list", _list, "a line per run and policy"), ("export", _export, "a table as CSV or Parquet")):
+    for name, do, what in (
+        ("list", _list, "a line per run and policy, and what each run was made with"),
+        ("export", _export, "a table as CSV or Parquet"),
+    ):
         sub = command(name, do, what)
         if name == "export":
             sub.add_argument("file", type=Path, help="*.csv or *.parquet")

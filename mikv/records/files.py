@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def read_rows(file: Path, torn: Callable[[str], None] | None = None) -> Iterator
 def to_line(row: Row) -> str:
     """A record as its line."""
     return json.dumps({"version": VERSION} | row, ensure_ascii=False) + "\n"
+
+
+def to_lines(rows: Sequence[Row]) -> str:
+    """The text of a summary."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_atomically(file: Path, text: str) -> None:

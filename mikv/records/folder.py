@@ -1,22 +1,20 @@
-"""The folder of one run: identity, samples, summary."""
+"""The folder of one run: identity, environments, samples, summary."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mikv.records.claim import LEASE, Claim
-from mikv.records.files import RecordError, Row, read_rows, to_line, write_atomically
-
-_PACKAGES = ("torch", "transformers", "peft", "numpy", "mikv")
+from mikv.records.environment import environment
+from mikv.records.files import RecordError, Row, read_rows, to_line, to_lines, write_atomically
 
 
 class RunFolder:
@@ -34,7 +32,8 @@ class RunFolder:
         lease: see Claim.
 
     Raises:
-        RecordError: on entering and in all methods; the message says what to do.
+        RecordError: on entering and in all methods; the message says what to do. A folder that holds files and is no run's is
+            refused before anything is written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], config: str, lease: float = LEASE) -> None:
@@ -43,8 +42,10 @@ class RunFolder:
         self._samples = path / "samples.jsonl"
         self._claim: Claim | None = None
         self._descriptor: int | None = None
+        self._environment: str | None = None
 
     def __enter__(self) -> RunFolder:
+        check_is_a_runs(self.path)
         with self._writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim = Claim(self.path, self._lease).__enter__()
@@ -68,35 +69,29 @@ class RunFolder:
             self._claim = None
 
     def _check_identity(self) -> None:
-        file = self.path / "run.json"
-        if file.exists():
-            before = read_identity(self.path)
-            differing = sorted(_differences(before, json.loads(json.dumps(self._identity))))
-            if differing:
-                raise RecordError(
-                    f"{self.path} holds the records of another run; it differs in:\n  "
-                    + "\n  ".join(differing)
-                    + "\nChoose another name (name=...), or remove that folder."
-                )
+        if (self.path / "run.json").exists():
+            check_identity(self.path, self._identity)
         else:
-            self._write(file, json.dumps({"identity": self._identity, "environment": environment()}, indent=2))
+            self._write(self.path / "run.json", json.dumps({"identity": self._identity}, indent=2))
         self._write(self.path / "config.yaml", self._config)
 
     def samples(self) -> dict[str, Row]:
         """All finished samples by key. A last line that was cut off by a kill is passed over, with a message; anything else
         that is no record is refused."""
-        return self._read(torn=print)
+        return read_samples(self.path, torn=print)
 
-    def _read(self, torn: Callable[[str], None]) -> dict[str, Row]:
-        return {row["key"]: row for row in read_rows(self._samples, torn)} if self._samples.exists() else {}
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Append rows and bring them to the disk: what is computed is not lost."""
+    def append(self, rows: Sequence[Row]) -> list[Row]:
+        """Append rows and bring them to the disk: what is computed is not lost. Returns them as they are kept: each names this
+        process's environment, unless it names one already (rows that are merged: see `add_environments`)."""
         self._still_mine()
         if self._descriptor is None:
             self._descriptor = self._own_file()
+        if self._environment is None and not all("environment" in row for row in rows):
+            self._environment = uuid.uuid4().hex[:8]
+            self.add_environments({self._environment: {"began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment()}})
         whole = os.fstat(self._descriptor).st_size
-        text = "".join(map(to_line, rows)).encode()
+        kept = [{"environment": self._environment, **row} for row in rows]
+        text = "".join(map(to_line, kept)).encode()
         with self._writing(self._samples):
             try:
                 while text:
@@ -106,17 +101,26 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # a full disk: half a line must not stay
                     os.ftruncate(self._descriptor, whole)
                 raise
+        return kept
 
     def _own_file(self) -> int:
         """A copy of the samples in a new file under the old name, open for appending."""
-        self._write(self._samples, "".join(map(to_line, self._read(torn=lambda _: None).values())))
+        self._write(self._samples, "".join(map(to_line, read_samples(self.path).values())))
         with self._writing(self._samples):
             return os.open(self._samples, os.O_WRONLY | os.O_APPEND)
+
+    def add_environments(self, environments: Mapping[str, Row]) -> None:
+        """Note environments, by the name that rows have for them; those that are there stay."""
+        self._still_mine()
+        known = read_environments(self.path)
+        known |= {name: one for name, one in environments.items() if name not in known}
+        lines = (json.dumps({"id": name, **known[name]}, ensure_ascii=False) + "\n" for name in known)
+        self._write(self.path / "environments.jsonl", "".join(lines))
 
     def write_summary(self, rows: Sequence[Row]) -> Path:
         self._still_mine()
         file = self.path / "summary.jsonl"
-        self._write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._write(file, to_lines(rows))
         return file
 
     def _still_mine(self) -> None:
@@ -139,38 +143,81 @@ class RunFolder:
             ) from error
 
 
-def read_identity(folder: Path) -> Any:
-    """The identity of the run that made a folder."""
+def read_about(folder: Path) -> Row:
+    """What run.json says: `identity`, and of a kept result set what of it was kept."""
     file = folder / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["identity"]
+        about = json.loads(file.read_text(encoding="utf-8"))
+        _ = about["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{file} is damaged ({error}); choose another name (name=...), or remove that file") from error
+        raise RecordError(f"{file} is damaged ({error}); choose another name (name=...), or move that folder away") from error
+    return about
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what a run is made: git commit, package versions, machine. Nothing secret, nothing that is hashed."""
-    packages = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "packages": packages,
-        "system": platform.platform(),
-        "processors": os.cpu_count(),
-    }
+def read_identity(folder: Path) -> Any:
+    """The identity of the run that made a folder."""
+    return read_about(folder)["identity"]
 
 
-def _git(*arguments: str) -> str | None:
-    here = Path(__file__).parent
+def read_samples(folder: Path, torn: Callable[[str], None] = lambda _: None) -> dict[str, Row]:
+    """The records in a folder by key; torn: see read_rows.
+
+    Raises:
+        RecordError: a line is no record.
+    """
+    file = folder / "samples.jsonl"
+    return {row["key"]: row for row in read_rows(file, torn)} if file.exists() else {}
+
+
+def check_is_a_runs(folder: Path) -> None:
+    """Refuse a folder with files that no run made: a run replaces config.yaml, and its plots.
+
+    Raises:
+        RecordError
+    """
+    if not folder.is_dir():
+        return
+    # a run that begins there at this moment has its claim and a run.json that is being written
+    foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith((".claim", ".run.json.")))
+    if foreign and not (folder / "run.json").exists():
+        raise RecordError(
+            f"{folder} is not the folder of a run (it has no run.json, but {', '.join(foreign[:3])}"
+            f"{' ...' if len(foreign) > 3 else ''}), and nothing was written there: choose another name (name=...) or place "
+            "(out=...)"
+        )
+
+
+def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse the folder of a run with another identity.
+
+    Raises:
+        RecordError: the message says in what they differ.
+    """
+    differing = sorted(_differences(read_identity(folder), json.loads(json.dumps(identity))))
+    if differing:
+        raise RecordError(
+            f"{folder} holds the records of another run; it differs in:\n  "
+            + "\n  ".join(differing)
+            + "\nChoose another name (name=...), or move that folder away."
+        )
+
+
+def read_environments(folder: Path) -> dict[str, Row]:
+    """The environments of the processes that appended rows, by the name that rows have for them.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    file = folder / "environments.jsonl"
+    if not file.exists():
+        return {}
     try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {row.pop("id"): row for row in rows}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RecordError(
+            f"{file} is damaged ({error}); move that file away: rows keep the names of their environments"
+        ) from error
 
 
 def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:

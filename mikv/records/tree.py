@@ -6,15 +6,20 @@ import json
 import math
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mikv.fingerprint import record_key
+from mikv.metrics.recount import summary_differences
 from mikv.records.files import RecordError, Row, read_rows
-from mikv.records.folder import RunFolder, read_identity
+from mikv.records.folder import RunFolder, read_about, read_environments, read_identity, read_samples
 
-_FREE = ("seconds", "reader")
+_CIRCUMSTANCES = ("environment", "batch", "reader", "attention")
+"""Fields of a sample that say how it was computed: where they differ, numbers round otherwise, a code at a tie may flip, and
+now and then an answer."""
+_FREE = (*_CIRCUMSTANCES, "seconds", "allocated_nbytes", "peak_nbytes")
 """Fields of a sample in which two computations of one key may differ."""
 
 
@@ -77,33 +82,68 @@ def _field(row: Row, name: str) -> object:
 
 
 def check(folder: Path) -> list[Problem]:
-    """What is wrong with the records of a run."""
+    """What is wrong with the records of a run: lines, keys, doubles, and a summary that does not say what its samples do."""
     problems: list[Problem] = []
+
+    def found(what: str, grave: bool = True) -> None:
+        problems.append(Problem(folder, what, grave))
+
     samples: list[Row] = []
-    summary: list[Row] = []
     try:
-        read_identity(folder)
-        file = folder / "samples.jsonl"
-        if file.exists():
-            samples = list(read_rows(file, torn=lambda message: problems.append(Problem(folder, message, grave=False))))
+        identity = read_identity(folder)
+        environments = read_environments(folder)
+        if (folder / "samples.jsonl").exists():
+            samples = list(read_rows(folder / "samples.jsonl", torn=lambda message: found(message, grave=False)))
         summary = read_file(folder / "summary.jsonl")
     except RecordError as error:
-        return [*problems, Problem(folder, str(error))]
+        found(str(error))
+        return problems
     by_key: dict[str, Row] = {}
     for row in samples:
         before = by_key.setdefault(row["key"], row)
         if before is not row:
-            same = _alike(before, row)
-            what = f"{row['key']} is there twice, {'alike' if same else 'with two outcomes'}"
-            problems.append(Problem(folder, what, grave=not same))
-    there = Counter(row["label"] for row in by_key.values() if "label" in row)
-    for row in summary:
-        if there[row["label"]] < row.get("samples", 0):
-            what = f"the summary counts {row['samples']} samples of {row['label']}, and {there[row['label']]} are there"
-            problems.append(Problem(folder, what))
-    if not summary:
-        problems.append(Problem(folder, f"unfinished: {len(by_key)} samples and no summary", grave=False))
+            kind = _compare(before, row, environments, environments)
+            found(f"{row['key']} is there twice, {kind}", grave=kind == _CONTRADICTION)
+    rows = list(by_key.values())
+    if kept := read_about(folder).get("kept"):
+        for what in _kept_problems(kept, summary, rows) if summary else ["there is no summary"]:
+            found(what)
+        return problems
+    if foreign := [row for row in rows if not _belongs(row, identity)]:
+        found(
+            f"{len(foreign)} samples are not of this run: {foreign[0]['key']} is not the key of what run.json and the row say"
+        )
+    if unknown := {str(row.get("environment")) for row in rows} - environments.keys():
+        found(f"rows name environments that are not noted: {', '.join(sorted(unknown))}")
+    if summary:
+        for what in summary_differences(summary, rows):
+            found(what)
+    else:
+        found(f"unfinished: {len(rows)} samples and no summary", grave=False)
     return problems
+
+
+def _kept_problems(kept: str, summary: Sequence[Row], samples: Sequence[Row]) -> Iterator[str]:
+    """Of a kept result set (scripts/keep_results.py): its summary, and of its samples the flipped ones with the full cache's,
+    or none. So many must be there as the summary counts."""
+    full = summary[0]["label"]
+    before = {row["sample"]: row for row in samples if row["label"] == full}
+    for row in summary[1:]:
+        mine = [one for one in samples if one["label"] == row["label"]]
+        changes = [one["score"] - before[one["sample"]]["score"] for one in mine if one["sample"] in before]
+        lower, higher = sum(c < 0 for c in changes), sum(c > 0 for c in changes)
+        lost, gained = (higher, lower) if row.get("lower_is_better") else (lower, higher)
+        wanted = (row["lost"], row["gained"]) if kept == "flips" and row.get("lost") is not None else (0, 0)
+        if (lost, gained) != wanted or len(changes) != len(mine):
+            yield (
+                f"the summary counts {wanted[0]} lost and {wanted[1]} gained samples of {row['label']}, and {lost} and "
+                f"{gained} are there"
+            )
+
+
+def _belongs(row: Row, identity: Any) -> bool:
+    """Whether a row's key is that of what it says, in this run."""
+    return {"policy_id", "doc_id"} <= row.keys() and row["key"] == record_key(identity, row["policy_id"], row)
 
 
 def merge(source: Path, target: Path) -> list[str]:
@@ -132,29 +172,57 @@ def merge(source: Path, target: Path) -> list[str]:
 
 
 def _merge_run(folder: Path, there: Path) -> str:
-    new = {row["key"]: row for row in read_file(folder / "samples.jsonl")}
+    new = read_samples(folder)
     config = (there / "config.yaml").read_text(encoding="utf-8")
     with RunFolder(there, read_identity(folder), config) as run:
         known = run.samples()
+        theirs, ours = read_environments(folder), read_environments(there)
+        rounded = 0
         for key in new.keys() & known.keys():
-            if not _alike(new[key], known[key]):
-                raise RecordError(f"{there} and {folder} have two outcomes for {key}: look which of them is right")
+            kind = _compare(known[key], new[key], ours, theirs)
+            if kind == _CONTRADICTION:
+                raise RecordError(f"{there} and {folder} have {kind} for {key}: look which of them is right")
+            rounded += kind == _ROUNDED
+        told = (
+            [f"{rounded} were computed otherwise (batch, machine or code) and differ: the ones there stay"] if rounded else []
+        )
         missing = [row for key, row in new.items() if key not in known]
         if not missing:
-            return "nothing new"
+            return "; ".join(["nothing new", *told])
+        run.add_environments({name: theirs[name] for name in {row["environment"] for row in missing} if name in theirs})
         run.append(missing)
         # it does not count the new samples
         (there / "summary.jsonl").unlink(missing_ok=True)
-        return f"{len(missing)} samples added; run its command again for the summary"
+        return "; ".join([f"{len(missing)} samples added, run its command again for the summary", *told])
 
 
-def _alike(one: Row, other: Row) -> bool:
-    """Whether two records of one key say the same; the shape of a batch moves the last digits of fidelity."""
+_ALIKE, _ROUNDED, _CONTRADICTION = "alike", "computed under other circumstances, and not alike", "two outcomes"
+
+
+def _compare(one: Row, other: Row, its: Mapping[str, Row], others: Mapping[str, Row]) -> str:
+    """Do two records of one key say the same? Where they don't, and were computed in the same way, one of them is wrong.
+
+    its, others: environments of the folders that they are from.
+    """
     names = (one.keys() | other.keys()) - set(_FREE)
-    return all(name in one and name in other and _close(one[name], other[name]) for name in names)
+    if all(name in one and name in other and _close(one[name], other[name]) for name in names):
+        return _ALIKE
+    same_shape = all(one.get(name) == other.get(name) for name in _CIRCUMSTANCES if name != "environment")
+    same_place = _place(one, its) == _place(other, others)
+    return _CONTRADICTION if same_shape and same_place else _ROUNDED
+
+
+def _place(row: Row, environments: Mapping[str, Row]) -> Row:
+    """A row's environment, without when it began."""
+    return {name: value for name, value in environments.get(str(row.get("environment")), {}).items() if name != "began"}
 
 
 def _close(one: object, other: object) -> bool:
+    """Equal; numbers up to what the shape of a batch moves."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-3)
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_close, one, other))
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_close(one[name], other[name]) for name in one)
     return one == other

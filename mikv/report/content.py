@@ -48,18 +48,23 @@ def _run(run: Results) -> dict[str, Any]:
 
 
 def _facts(run: Results) -> list[tuple[str, str]]:
-    first, environment = run.summary[0], run.about.get("environment", {})
-    commit = str(environment.get("git_commit") or "not known")[:12]
+    first, environments = run.summary[0], list(run.environments.values())
+    commits = dict.fromkeys(map(_commit, environments)) or ["not known"]
     model = run.about.get("identity", {}).get("model", {})
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
+    versions = dict.fromkeys(f"{name} {of}" for one in environments for name, of in one.get("packages", {}).items())
     facts = {
         "samples": str(first["samples"]),
         "question": f"{first['question']} when the cache is compressed",
         "weights": " ".join(filter(None, (model.get("weights"), model.get("dtype")))),
-        "commit": commit + (" and changes that are in no commit" if environment.get("git_dirty") else ""),
-        "packages": versions,
+        "commit": "; ".join(commits),
+        "packages": ", ".join(versions),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _commit(environment: dict[str, Any]) -> str:
+    commit = str(environment.get("git_commit") or "not known")[:12]
+    return commit + (" and changes that are in no commit" if environment.get("git_dirty") else "")
 
 
 def _point(row: dict[str, Any]) -> dict[str, Any]:

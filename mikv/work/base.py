@@ -7,7 +7,6 @@ log-likelihoods, or brings samples and metrics of its own, has a method `open`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from mikv.batches import Request, Response
 from mikv.engine import Generation, Scores
 from mikv.fingerprint import content_fingerprint
+from mikv.identity import identity_of
 from mikv.models.load import Loaded, ModelSpec
 from mikv.scoring import Fidelity
 from mikv.tasks.base import Task
@@ -110,12 +110,11 @@ def task_identity(task: Task | Openable) -> dict[str, Any]:
     says what they hold."""
     if isinstance(task, Openable):
         return dict(task.identity())
-    parameters = dataclasses.asdict(task)  # type: ignore[call-overload]
-    parameters.pop("data_dir", None)
+    parameters = identity_of(task, leave_out=("data_dir",))
     for name, value in parameters.items():
         if isinstance(value, str) and os.path.isfile(value):  # Path.is_file raises where a text is too long for a path
             parameters[name] = content_fingerprint(Path(value))
-    return {"name": task.name, "version": task.version, **parameters}
+    return {"name": task.name, "version": task.version, "metric": task.metric, **parameters}
 
 
 def fidelity_row(fidelity: Fidelity | None) -> Row:

@@ -10,6 +10,7 @@ from mikv.batches import Generating, Response
 from mikv.decoding import Decoding
 from mikv.engine import Generation, Prompt
 from mikv.fingerprint import fingerprint
+from mikv.identity import identity_of
 from mikv.models.load import Loaded
 from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import encode
@@ -71,4 +72,5 @@ class GenerationWork:
 
 
 def _asked(sample: Sample) -> str:
-    return fingerprint({"messages": [dict(m) for m in sample.messages], "question": sample.question, "target": sample.target})
+    """All that a sample is: what is asked, what is right, and what scoring and the record take from it."""
+    return fingerprint(identity_of(sample, leave_out=("doc_id",)))

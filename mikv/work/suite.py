@@ -9,14 +9,12 @@ from typing import Any
 
 from mikv.batches import Response
 from mikv.fingerprint import fingerprint
+from mikv.metrics.summary import WRONG, part_rows
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
 from mikv.tasks.data import DataUnavailable
 from mikv.work.base import Encoded, Openable, Row, Summary, Unit, Work, task_identity
 from mikv.work.generation import GenerationWork
-
-WRONG = "wrong"
-"""The risk of a part that has no flag for it: what its score misses of 1."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,7 @@ class SuiteWork:
 
     def rows_of(self, part: str, rows: Sequence[Row]) -> list[Row]:
         """The rows of a part, as it made them, with `wrong` where that is a risk."""
-        mine = []
-        for row in rows:
-            name, _, inner = row["subtask"].partition("/")
-            if name == part:
-                known = WRONG in self.risks[part] and row["score"] is not None
-                mine.append({**row, "subtask": inner or None, **({WRONG: 1 - row["score"]} if known else {})})
-        return mine
+        return part_rows(rows, part, self.risks[part])
 
     def summarize(self, rows: Sequence[Row]) -> Summary:
         """The mean of all parts' risks, each part's metric, and its own subtasks."""

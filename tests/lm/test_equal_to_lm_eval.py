@@ -19,7 +19,8 @@ from mikv.models import load as loading
 from mikv.models.load import ModelSpec, load
 from mikv.models.tiny import byte_tokenizer
 from mikv.records import read_rows
-from mikv.runner import Run, execute
+from mikv.run import Run
+from mikv.runner import execute
 
 # What a float32 model's 16-bit cache (float16) may move a log-likelihood by; what bfloat16 may, both ways.
 NOISE = {"float32": 0.05, "bfloat16": 2.0}

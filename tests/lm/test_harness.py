@@ -14,7 +14,8 @@ from mikv.lm import Harness, humaneval
 from mikv.lm.humaneval import pass_at_1
 from mikv.models.load import ModelSpec
 from mikv.records import read_rows
-from mikv.runner import Run, RunError, execute
+from mikv.run import Run
+from mikv.runner import RunError, execute
 
 MODEL = ModelSpec("tiny-random")
 PANEL = (policy("full"), policy("mikv"), policy("uniform", {"tier.bits": 2}), policy("h2o", {"keep": 0.1}))

@@ -139,7 +139,7 @@ def identity(*overrides: str) -> dict[str, Any]:
 def test_a_judge_is_part_of_the_tasks_identity_without_where_it_lies_and_runs() -> None:
     plain, judged = identity(), identity("judge=tiny-random")
     assert plain["judge"] is None
-    assert set(judged["judge"]) == {"prompt", "pattern", "harmful", "chat", "max_new_tokens", "weights", "dtype"}
+    assert set(judged["judge"]) == {*("class", "prompt", "pattern", "harmful", "chat", "max_new_tokens", "weights", "dtype")}
     assert json.loads(json.dumps(judged)) == judged
     for same in ("judge.model.device=cpu", "judge.model.max_tokens=99", "task.data_dir=/elsewhere"):
         assert identity("judge=tiny-random", same) == judged

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mikv.config import compose
-from mikv.runner import Run, execute
+from mikv.run import Run
+from mikv.runner import execute
 from mikv.tasks.data import DataUnavailable
 from mikv.tasks.lines import GuardedRecall, LineRecall
 from mikv.work.suite import Suite
