@@ -8,8 +8,10 @@ python run.py --help                                       groups, options, defa
 """
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,60 +20,45 @@ from omegaconf import DictConfig, OmegaConf
 
 from mikv.cli import explained, quiet
 
-CONF = Path(__file__).parent.resolve() / "conf"
-GROUPS = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
-
 quiet()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
     from mikv.config import build, tracker
-    from mikv.runner import execute
-    from mikv.sweep.folder import SweepFolder
-    from mikv.sweep.job import noted
 
     context = HydraConfig.get()
     chosen = [override.split("=")[0] for override in context.overrides.task]
     swept = context.mode == RunMode.MULTIRUN
-    job = SweepFolder(Path(context.sweep.dir)).job(context.job.num) if swept else None
-    with noted(job, OmegaConf.to_yaml(config)) if job else nullcontext(lambda _: None) as note_folder, explained():
+    with _noted(config, context) if swept else nullcontext(lambda _: None) as note_folder, explained():
         if "launcher" in chosen and not swept:
             raise ValueError("launcher=... launches sweeps: add -m (one run is a sweep too)")
         run, mirror = build(config, chosen), tracker(config)
         note_folder(run.folder())
+        from mikv.runner import execute  # after what needs no model has been checked
+
         execute(run)
         mirror.mirror(run.folder(), Path(context.sweep.dir).name.lstrip(".") if swept else None)
 
 
-def suggest(arguments: list[str]) -> None:
-    """Print the nearest names for groups, choices and options that don't exist; Hydra then says what does."""
-    from difflib import get_close_matches
+def _noted(config: DictConfig, context: Any) -> AbstractContextManager[Callable[[Path], None]]:
+    """A job of a sweep notes what becomes of it."""
+    from mikv.sweep.folder import SweepFolder
+    from mikv.sweep.job import noted
 
-    from hydra import compose, initialize_config_dir
-    from omegaconf import DictConfig, OmegaConf
+    return noted(SweepFolder(Path(context.sweep.dir)).job(context.job.num), OmegaConf.to_yaml(config))
 
-    given = [a.lstrip("+~").split("=", 1) for a in arguments if "=" in a and not a.startswith("-")]
-    chosen = []
-    for group, value in given:
-        if group in GROUPS:
-            choices = [file.stem for file in (CONF / group).glob("*.yaml")]
-            first = value.split(",")[0]  # of a sweep (policy=mikv,h2o) the first choice tells the options as well as any
-            if first in choices:
-                chosen.append(f"{group}={first}")
-            for near in get_close_matches(first, choices, 1) if first not in choices else ():
-                print(f"there is no {group} {first!r}: did you mean {group}={near}?", file=sys.stderr)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = compose("config", chosen)
-    for name, _ in given:
-        parent, dot, last = name.rpartition(".")
-        options = OmegaConf.select(known, parent) if parent else known
-        # not `last not in options`: an option that must be set (???) is not "in" them
-        if isinstance(options, DictConfig) and last not in map(str, options) and last not in GROUPS:
-            for near in get_close_matches(last, map(str, options), 1):
-                print(f"there is no option {name}: did you mean {parent}{dot}{near}?", file=sys.stderr)
+
+def check(arguments: list[str]) -> None:
+    """Answer a slip at once, before torch is loaded; Hydra's own flags (--help, --cfg, --config-dir) are left to Hydra."""
+    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    if not any(argument.startswith("-") for argument in overrides):
+        from mikv.config import checked
+
+        with explained():
+            checked(overrides)
 
 
 if __name__ == "__main__":
-    suggest(sys.argv[1:])
+    check(sys.argv[1:])
     main()

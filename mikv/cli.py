@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mikv.stopping import Stopped
+
 
 def quiet() -> None:
     """Call before transformers is imported: its progress bars and advice drown ours."""
@@ -20,32 +22,21 @@ def quiet() -> None:
 def explained() -> Iterator[None]:
     """Errors with a message for the user end the program with status 2; MIKV_DEBUG=1 shows the traceback.
 
-    A signal or Ctrl-C: 128 and its number, as shells have it.
+    Those are all that this project defines, and what Python says of wrong values and missing files. A signal or Ctrl-C: 128 and
+    its number, as shells have it.
     """
-    from mikv.batches import OutOfMemory
-    from mikv.kernels.verify import KernelsDisagree
-    from mikv.models.architecture import Unsupported
-    from mikv.models.load import ModelUnavailable
-    from mikv.records import RecordError
-    from mikv.results import ResultsError
-    from mikv.runner import RunError
-    from mikv.stopping import Stopped
-    from mikv.tasks.data import DataUnavailable
-
-    known = (
-        *(ValueError, FileNotFoundError, DataUnavailable, KernelsDisagree, ModelUnavailable, OutOfMemory, RecordError),
-        *(ResultsError, RunError, Unsupported),
-    )
     try:
         yield
-    except known as error:
-        if os.environ.get("MIKV_DEBUG"):
-            raise
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from stopped
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from stopped
+    except Exception as error:
+        # by name: the modules that define them load torch, and a slip is answered before that
+        ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if not (ours or isinstance(error, ValueError | FileNotFoundError)) or os.environ.get("MIKV_DEBUG"):
+            raise
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

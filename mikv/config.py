@@ -1,23 +1,35 @@
-"""From Hydra's configuration to a checked `Run`. The only place that knows OmegaConf."""
+"""From a command line, or Hydra's configuration, to a checked `Run`. With run.py the only place that knows OmegaConf.
+
+What can be checked without torch is checked before it is imported: a slip is answered at once.
+"""
 
 from __future__ import annotations
 
-import difflib
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mikv.cache.fit import largest_share
-from mikv.models.load import ModelSpec, load_geometry
+from mikv.options import check_option, near
 from mikv.policy import Policy
-from mikv.run import Run
-from mikv.tracking import Tracker
+
+if TYPE_CHECKING:  # they load torch
+    from mikv.models.load import ModelSpec
+    from mikv.run import Run
+    from mikv.tracking import Tracker
 
 CONF = (Path(__file__).parent.parent / "conf").resolve()
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+_MAY_BE_NULL = ("panel", "judge", "experiment")
+_MISSING = "???"
 
 
 class ConfigError(ValueError):
@@ -26,15 +38,138 @@ class ConfigError(ValueError):
 
 def compose(*overrides: str) -> Run:
     """The run that `python run.py OVERRIDES` would do, for scripts and tests: compose("panel=demo", "task.lines=40")."""
-    import hydra
-    from hydra.errors import HydraException
+    return build(checked(overrides), [override.split("=")[0] for override in overrides])
 
+
+def checked(arguments: Sequence[str]) -> DictConfig:
+    """The configuration that a command line asks for, its options checked as far as that needs no model and no data.
+
+    Args:
+        arguments: overrides. Of a sweep (policy=mikv,h2o) every value is checked, and the first of each is composed.
+
+    Raises:
+        ConfigError, ValueError: a message for the user.
+    """
+    overrides = [_parsed(argument) for argument in arguments]
+    ours = [override for override in overrides if not override.get_key_element().lstrip("+~").startswith("hydra")]
+    values = [_values(override) for override in ours]
+    config = _checked(ours, [of[0] for of in values])
+    for place, (override, of) in enumerate(zip(ours, values, strict=True)):
+        if override.key_or_group in GROUPS:
+            for other in of[1:]:
+                _checked(ours, [*(v[0] for v in values[:place]), other, *(v[0] for v in values[place + 1 :])])
+        elif len(of) > 1:
+            _check_values(override, config)
+    return config
+
+
+def _parsed(argument: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        name, equals, value = argument.partition("=")
+        hint = (
+            f"; what has special characters is quoted twice, for the shell and for Hydra: {name}='\"{value}\"'"
+            if equals
+            else ""
+        )
+        raise ConfigError(f"{argument} can't be read: wanted name=value{hint}") from error
+
+
+def _values(override: Override) -> list[str]:
+    """The override with each of its values: one, or those of a sweep."""
+    name = override.get_key_element()
+    group = override.key_or_group
+    if override.is_delete() and override.value() is None:
+        return [str(override.input_line)]
+    value = override.value()
+    if isinstance(value, Glob):
+        found = [name for name in _choices(group) if any(fnmatch.fnmatch(name, pattern) for pattern in value.include)]
+        if not found:
+            raise ConfigError(f"{override.input_line}: there are {', '.join(_choices(group))}")
+        return [f"{name}={choice}" for choice in found]
+    if override.is_sweep_override():
+        return [f"{name}={choice}" for choice in override.sweep_string_iterator()]
+    if group in GROUPS and not override.is_delete():
+        if value is None and group not in _MAY_BE_NULL:
+            raise ConfigError(f"{group}=null: a run needs a {group}; there are {', '.join(_choices(group))}")
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{override.input_line}: wanted the name of a {group}; there are {', '.join(_choices(group))}")
+    return [str(override.input_line)]
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _checked(overrides: Sequence[Override], lines: Sequence[str]) -> DictConfig:
+    """Compose one configuration, whose overrides are written in `lines`, and check what was overridden."""
+    of_groups = [line for override, line in zip(overrides, lines, strict=True) if override.key_or_group in GROUPS]
+    for line in of_groups:
+        group, _, choice = line.lstrip("+~").partition("=")
+        group, choice = group.partition("@")[0], choice.strip("'\"")
+        if choice and choice != "null" and choice not in _choices(group):
+            names = _choices(group)
+            raise ConfigError(f"there is no {group} {choice!r}{_meant(group, choice, names)}; there are {', '.join(names)}")
+    defaults = _composed(of_groups)
+    for override in overrides:
+        if override.key_or_group not in GROUPS:
+            _check_exists(override, defaults)
+    config = _composed(lines)
+    for override in overrides:
+        name = override.key_or_group
+        if name not in GROUPS and not override.is_delete():
+            check_option(name, _plain(OmegaConf.select(config, name)), _plain(OmegaConf.select(defaults, name)))
+    _check_policies(config, [override.key_or_group for override in overrides])
+    return config
+
+
+def _meant(group: str, choice: str, names: Sequence[str]) -> str:
+    found = near(choice, names)
+    return found.replace("did you mean ", f"did you mean {group}=") if found else ""
+
+
+def _composed(lines: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose("config", list(overrides))
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
-    return build(config, [override.split("=")[0] for override in overrides])
+            return hydra.compose("config", list(lines))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _check_exists(override: Override, defaults: DictConfig) -> None:
+    """Refuse an option that isn't there; one that is added (+) must at least lie in a group."""
+    name = override.key_or_group
+    parent, dot, last = name.rpartition(".")
+    options = OmegaConf.select(defaults, parent) if parent else defaults
+    known = [str(key) for key in options if key != "_target_"] if isinstance(options, DictConfig) else []
+    if last in known or (override.is_add() and dot):
+        return
+    there = f"; {parent or 'a run'} has {', '.join(known)}" if known else ""
+    found = near(last, known).replace("did you mean ", f"did you mean {parent}{dot}")
+    raise ConfigError(f"there is no option {name}{found}{there}")
+
+
+def _check_values(override: Override, config: DictConfig) -> None:
+    """The values of a sweep over one option, beside the first one, which stands in the configuration."""
+    default = _plain(OmegaConf.select(config, override.key_or_group))
+    for line in override.sweep_iterator():
+        check_option(override.key_or_group, line, default)
+
+
+def _plain(value: Any) -> Any:
+    """Without OmegaConf; what must be set (???) has no value yet."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return None if plain == _MISSING else plain
+
+
+def _check_policies(config: DictConfig, chosen: Sequence[str]) -> None:
+    """Build every policy that needs no look at the model."""
+    if config.get("panel") is None:
+        _instantiate(config.policy, "policy")
+        return
+    for name, options, size in _entries(config, chosen):
+        policy(name, options if size is None else {**options, "keep": 0.5})
 
 
 def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
@@ -47,23 +182,26 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be set, for example task=lm_eval task.name=hellaswag")
+    options = OmegaConf.to_container(config.task, resolve=True)
+    assert isinstance(options, dict)
+    limit = options.pop("limit")
+    if "parts" in options:
+        options["limits"] = {part: of_part.pop("limit") for part, of_part in options["parts"].items()}
+    task = _instantiate(OmegaConf.create(options), "task")  # first: most tasks load without torch
     model = _instantiate(config.model, "model")
     panel, title = _panel(config, chosen, model)
-    task = OmegaConf.to_container(config.task, resolve=True)
-    assert isinstance(task, dict)
-    limit = task.pop("limit")
-    if "parts" in task:
-        task["limits"] = {part: options.pop("limit") for part, options in task["parts"].items()}
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
-    for name in ("tracker", "launcher"):  # a run does not depend on them
-        del record[name]
+    for group in ("tracker", "launcher"):  # a run does not depend on them
+        del record[group]
     if config.get("panel") is not None:
         del record["policy"]  # the group's default, which a panel doesn't use
+    from mikv.run import Run
+
     return Run(
         model=model,
         panel=panel,
-        task=_instantiate(OmegaConf.create(task), "task"),
+        task=task,
         limit=limit,
         question=config.protocol.question,
         batch_size=config.batch_size,
@@ -80,9 +218,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
 
 def tracker(config: DictConfig) -> Tracker:
     """Where the run is mirrored to, when it has ended."""
-    made = _instantiate(config.tracker, "tracker")
-    assert isinstance(made, Tracker)
-    return made
+    return _instantiate(config.tracker, "tracker")
 
 
 def launcher(config: DictConfig) -> Any:
@@ -91,7 +227,7 @@ def launcher(config: DictConfig) -> Any:
 
 
 def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:
-    """The policies to run, `full` first: everything has its twin. And a name for them.
+    """The policies to run, `full` first: everything is compared with it. And a name for them.
 
     An entry with `size` (a share of the 16-bit cache's bytes) gets the largest `keep` that fits it; where none does, it is
     left out, with a note.
@@ -101,16 +237,11 @@ def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple
         asked = [_instantiate(config.policy, "policy")]
         title = asked[0].name
     else:
-        if "policy" in chosen:
-            raise ConfigError("policy=... and panel=... exclude each other: a panel brings its own policies")
         title = config.panel.name
         asked = []
-        for entry in config.panel.entries:
-            options = OmegaConf.to_container(entry, resolve=True)
-            assert isinstance(options, dict)
-            name, size = str(options.pop("policy")), options.pop("size", None)
+        for name, options, size in _entries(config, chosen):
             if size is not None:
-                keep = _fitting(name, options, float(size), model)
+                keep = _fitting(name, options, size, model)
                 if keep is None:
                     continue
                 options["keep"] = keep
@@ -119,8 +250,29 @@ def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple
     return (full, *rest), title
 
 
+def _entries(config: DictConfig, chosen: Sequence[str]) -> list[tuple[str, dict[Any, Any], float | None]]:
+    """Of a panel: each entry's policy, its options, and the size that it is to have."""
+    if "policy" in chosen:
+        raise ConfigError("policy=... and panel=... exclude each other: a panel brings its own policies")
+    if not config.panel.entries:
+        raise ConfigError("panel.entries=[]: wanted at least one policy, such as panel.entries=[{policy: mikv}]")
+    entries = []
+    for number, entry in enumerate(config.panel.entries):
+        options = OmegaConf.to_container(entry, resolve=True) if OmegaConf.is_config(entry) else entry
+        if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
+            raise ConfigError(f"panel.entries[{number}]={options}: wanted {{policy: NAME, ...}} with a name of conf/policy")
+        size = options.pop("size", None)
+        if size is not None:
+            check_option("size", size, 0.2)
+        entries.append((options.pop("policy"), options, size))
+    return entries
+
+
 def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec) -> float | None:
     """The `keep` that makes a policy as large as wanted; None, with a note, where there is none."""
+    from mikv.cache.fit import largest_share
+    from mikv.models.load import load_geometry
+
     head_dim = load_geometry(model).head_dim
     try:
         keep = largest_share(lambda share: policy(name, {**options, "keep": share}), size, head_dim)
@@ -136,26 +288,22 @@ def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec) 
 
 def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:
     """A policy of conf/policy with parameters overridden: policy("mikv", {"keep": 0.1, "high.bits": 8})."""
-    names = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
+    names = _choices("policy")
     if name not in names:
         raise ConfigError(f"there is no policy {name!r}{near(name, names)}; there are {', '.join(names)}")
     config = OmegaConf.load(CONF / "policy" / f"{name}.yaml")
     OmegaConf.set_struct(config, True)
     for option, value in (overrides or {}).items():
         try:
+            default = _plain(OmegaConf.select(config, str(option), throw_on_missing=True))
             OmegaConf.update(config, str(option), value)
         except OmegaConfBaseException as error:
             known = [str(key) for key in config if key != "_target_"]
             raise ConfigError(
                 f"policy {name} has no option {option!r}{near(str(option), known)}; it has {', '.join(known)}"
             ) from error
+        check_option(f"policy {name}: {option}", value, default)
     return _instantiate(config, f"policy {name}")
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """', did you mean ...?' where something known looks like it."""
-    found = difflib.get_close_matches(name, known, n=2)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def _instantiate(config: Any, what: str) -> Any:

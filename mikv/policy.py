@@ -7,26 +7,23 @@ counter never ask which one they serve.
 Tiers are ordered from best to worst. `shares` says what part of all tokens each tier but the last holds; the last takes
 the rest. Who gets the better tiers: the first `sinks` tokens, then the most recent ones (`recent` = their part of the
 first tier's budget), then the highest scores. Tiers only go down: a token that has left a tier never comes back.
+Who ranks and assigns tokens by it: mikv/assignment.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
-
-import torch
-from torch import Tensor
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from mikv.identity import identity_of
 from mikv.importance.base import Importance
+from mikv.options import check_choice
 from mikv.types import Tier
 
-PADDING = -1  # tier index of a column that holds no token
-
-# Classes of priority in one float64 number: noise and attention sums stay far below the recent ones, those below sinks.
-_SCORE_LIMIT, _RECENT, _SINK = 1e11, 1e12, 2e12
+if TYPE_CHECKING:  # a policy is data: it can be built and checked before torch is loaded
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,12 @@ class Policy:
             raise ValueError(f"{len(self.tiers)} tiers need {len(self.tiers) - 1} shares (the last takes the rest)")
         if any(tier.evicted for tier in self.tiers[:-1]):
             raise ValueError("only the last tier can be evicted: what is evicted has nothing to demote to")
+        for upper, lower in pairwise(self.tiers):
+            if lower.k + lower.v > upper.k + upper.v:
+                raise ValueError(
+                    f"{self.name}: tiers {upper} and {lower}: important tokens would be held at fewer bits than the others; "
+                    "swap the two"
+                )
         for share in (*self.shares, self.recent):
             check_ratio(self.name, share)
         if sum(map(exact, self.shares)) > 1:
@@ -102,42 +105,6 @@ class Policy:
             cumulative.append(lengths * total.numerator // total.denominator)
         return cumulative
 
-    def priority(self, scores: Tensor | None, positions: Tensor, seen: Tensor, first_quota: Tensor) -> Tensor:
-        """One float64 number per token by which tokens are ranked: sinks, then recent ones, then scores.
-
-        scores [..., n] (None = later is better), positions int64 [..., n] (negative = no token: lowest), seen and
-        first_quota broadcast to them.
-        """
-        recent = exact(self.recent)
-        recents = first_quota * recent.numerator // recent.denominator
-        place = positions.to(torch.float64)  # 2e12 + 1 is no float32
-        value = place if scores is None else scores.to(torch.float64)
-        value = value.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)
-        value = torch.where(positions >= seen - recents, _RECENT + place, value)
-        value = torch.where(positions < self.sinks, _SINK - place, value)
-        return torch.where(positions < 0, -torch.inf, value)
-
-    def assign(self, scores: Tensor | None, positions: Tensor, seen: Tensor, budget_lengths: Tensor) -> Tensor:
-        """Tier of every prompt token: int8, the index of a tier, PADDING where there is no token.
-
-        Args:
-            scores: float32 [L, B, H, T], or None for a policy without importance.
-            positions: int64 [L, B, H, T], negative = padding.
-            seen: int64 [B], real tokens.
-            budget_lengths: int64 [B], the length that budgets are shares of.
-        """
-        quotas = [quota[None, :, None, None] for quota in self.quotas(budget_lengths)]
-        tier = torch.zeros_like(positions)
-        if quotas:
-            value = self.priority(scores, positions, seen[None, :, None, None], quotas[0])
-            # ties go to the later token, as in decoding: flipped, so that the stable sort meets it first
-            order = value.flip(-1).argsort(dim=-1, descending=True, stable=True)
-            ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-            rank = torch.empty_like(order).scatter_(-1, order, ranks).flip(-1)
-            for quota in quotas:
-                tier += rank >= quota
-        return torch.where(positions >= 0, tier, PADDING).to(torch.int8)
-
     def paper_size(self, head_dim: int) -> float:
         """Size in per cent of the 16-bit cache by the paper's formula, from parameters alone.
 
@@ -166,11 +133,6 @@ def exact(share: float) -> Fraction:
 def check_ratio(name: str, share: float) -> None:
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ValueError(f"{name}: {share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value}: choose {' or '.join(choices)}")
 
 
 def percent(share: float) -> str:

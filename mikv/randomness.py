@@ -5,12 +5,16 @@ Imports nothing of the project.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def uniform(counters: Tensor) -> Tensor:
     """float64 in [0, 1) for int64 counters of any shape, by splitmix64's finalizer (int64 arithmetic wraps)."""
+    import torch
+
     x = counters
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes the shift a logical one

@@ -6,20 +6,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from mikv.cache.reading import Reading, decide
 from mikv.fingerprint import fingerprint, record_key
 from mikv.models.load import ModelSpec, load_geometry
-from mikv.policy import Policy, check_choice
+from mikv.options import QUESTIONS, check_choice, check_name, check_range
+from mikv.policy import Policy
 from mikv.tasks.base import Task
-from mikv.tasks.prompting import QUESTION
 from mikv.work.base import Openable, Unit, Work, task_identity
 from mikv.work.suite import open_task
-
-MOST_SAMPLES = 10**6
-"""Samples (and prompts at a time) beyond which a number is a slip: all requests are encoded before the first is served."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,10 @@ class Run:
     config: str = ""
 
     def __post_init__(self) -> None:
-        check_choice("protocol.question", self.question, QUESTION)
+        check_choice("protocol.question", self.question, QUESTIONS)
         _ = self.reading
-        for option, value in (("task.limit", self.limit), ("batch_size", self.batch_size)):
-            if value is not None and not 1 <= value <= MOST_SAMPLES:
-                raise ValueError(f"{option}={value}: a whole number from 1 to {MOST_SAMPLES}")
+        for option, value in (("task.limit", self.limit), ("batch_size", self.batch_size), ("seed", self.seed)):
+            check_range(option, value)
         check_name(self.name)
         labels = [policy.label for policy in self.panel]
         twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -89,6 +85,7 @@ class Run:
                 "weights": self.model.describe(),
                 "dtype": str(self.model.resolve_dtype()).removeprefix("torch."),
                 "max_tokens": self.model.max_tokens,
+                "trust_remote_code": self.model.trust_remote_code,
             },
             "task": task_identity(self.task),
             "protocol": {"question": self.question, "fidelity": self.fidelity, **self.reading.protocol},
@@ -115,19 +112,3 @@ class Run:
         scope = {"limit": self.limit, **(self.task.scope() if isinstance(self.task, Openable) else {})}
         asked = {**self.identity, **scope, "panel": [policy.identity() for policy in self.panel]}
         return self.out / f"{self.model.name}-{self.task.name}-{self.title}-{fingerprint(asked)[:8]}"
-
-
-def check_name(name: str | None) -> None:
-    """A run's folder lies within `out`, where lists and checks of a tree find it.
-
-    Raises:
-        ValueError: it would lie elsewhere, or be hidden.
-    """
-    if name is None:
-        return
-    path = PurePath(name)
-    if not name.strip() or path.is_absolute() or not path.parts or any(part.startswith(".") for part in path.parts):
-        raise ValueError(
-            f"name={name!r}: wanted the name of a folder within out=, such as name=first-try (not empty, not absolute, and no "
-            "part of it begins with a dot); out=FOLDER says where runs lie"
-        )

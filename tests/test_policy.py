@@ -10,6 +10,7 @@ import torch
 
 from baselines.h2o import h2o
 from baselines.streaming_llm import streaming_llm
+from mikv.assignment import assign
 from mikv.importance.scores import Accumulated
 from mikv.mikv import mikv
 from mikv.policy import Policy
@@ -29,7 +30,7 @@ def assigned(policy: Policy, scores: list[float], length: int | None = None) -> 
     length = len(scores) if length is None else length
     positions = torch.arange(len(scores)) - (len(scores) - length)
     seen = torch.tensor([length])
-    tiers = policy.assign(torch.tensor(scores)[None, None, None], positions[None, None, None], seen, seen)
+    tiers = assign(policy, torch.tensor(scores)[None, None, None], positions[None, None, None], seen, seen)
     return tiers[0, 0, 0].tolist()
 
 

@@ -20,7 +20,7 @@ from mikv.cache.policy_store import Change, PolicyStore, Received
 from mikv.cache.reader import Reader
 from mikv.cache.reindex import Reindex, gone_after_columns, gone_after_slots
 from mikv.cache.tier_store import TierStore
-from mikv.types import at, layer_chunks
+from mikv.tensors import at, layer_chunks
 
 # Columns are added in steps of this many when a decode runs on.
 _GROW = 64

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mikv.assignment import assign, priority
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.tier_store import Pairs, TierStore
 from mikv.policy import Policy
 from mikv.quant.balance import balancer
-from mikv.types import layer_chunks, taken
+from mikv.tensors import layer_chunks, taken
 
 
 class Change(NamedTuple):
@@ -93,7 +94,7 @@ class PolicyStore:
             scores = policy.importance.prefill(watched, bank.layers, self._rows, positions, self._heads)
         positions = positions[None, :, None, :].expand(bank.keys.shape[:4])
         device = bank.keys.device
-        assigned = policy.assign(scores, positions, self.seen.to(device), self._budget_lengths().to(device))
+        assigned = assign(policy, scores, positions, self.seen.to(device), self._budget_lengths().to(device))
         self.tiers = [
             self._build(index, bank, assigned == index, positions, scores, state.dtype)
             for index, tier in enumerate(policy.tiers)
@@ -199,10 +200,10 @@ class PolicyStore:
         if leaving.any():
             first_quota = self.policy.quotas(self._budget_lengths())[0].to(device)[None, :, None]
             positions = tier.positions()
-            value = self.policy.priority(tier.scores(), positions, seen[..., None], first_quota[..., None])
+            value = priority(self.policy, tier.scores(), positions, seen[..., None], first_quota[..., None])
             unused = ~tier.used().to(device)[None, :, None, :]
             slot, least, at_position = _lowest(value.masked_fill(unused, torch.inf), positions)
-            mine = self.policy.priority(incoming.scores, incoming.positions, seen, first_quota)
+            mine = priority(self.policy, incoming.scores, incoming.positions, seen, first_quota)
             lower = (mine < least) | ((mine == least) & (incoming.positions < at_position))
             rejected = lower & (arriving & leaving).to(device)[None, :, None]
         stored, slots, taken = tier.exchange(incoming, slot, arriving, leaving, rejected)

@@ -12,14 +12,12 @@ from typing import NamedTuple
 import torch
 
 from mikv.kernels import pick
-from mikv.policy import check_choice
-
-READERS = ("working", "packed", "kernel")
+from mikv.options import IMPLEMENTATIONS, READERS, check_choice
 
 
 class Reading(NamedTuple):
-    """reader: one of READERS, see mikv.cache.compressed. attention: which kernels read, `reference` or `triton`, None = torch's
-    faster twin for CPUs; only where reader is `kernel`."""
+    """reader: one of mikv.options.READERS, see mikv.cache.compressed. attention: which kernels read, `reference` or `triton`,
+    None = torch's faster variant for CPUs; only where reader is `kernel`."""
 
     reader: str = "working"
     attention: str | None = None
@@ -53,7 +51,7 @@ def decide(
     if reader is not None:
         check_choice("reader", reader, READERS)
     if attention is not None:
-        check_choice("attention", attention, pick.IMPLEMENTATIONS)
+        check_choice("attention", attention, IMPLEMENTATIONS)
     if reader in ("working", "packed"):
         if attention is not None:
             raise ValueError(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mikv.kernels import pick
 from mikv.quant.codec import Codec, Parts, storage_dtype
-from mikv.types import Index, Tier, at
+from mikv.tensors import Index, at
+from mikv.types import Tier
 
 # When slots are needed, so many are added: few enough that what is allocated stays close to what is used, enough that moving
 # the store costs less than reading it (a copy of all slots in 32 steps of a decode).

@@ -7,12 +7,13 @@ ahead. Scores are float32: in fp16 a large sum swallows every later increment.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from mikv.types import Geometry, Lengths
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class ObserverState(Protocol):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mikv.importance.base import Observer
 from mikv.randomness import uniform
 from mikv.types import Geometry, Lengths
+
+if TYPE_CHECKING:  # a policy names its score before torch is loaded
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ColumnSumsState:
     """May be shown a layer block by block, or be given its sums by a kernel that never makes the probabilities."""
 
     def __init__(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> None:
+        import torch
+
         shape = (geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -35,6 +39,8 @@ class ColumnSumsState:
         self._sums[layer, :, :, : received.shape[-1]] += received
 
     def block(self, layer: int, probs: Tensor, first: int, real_queries: Tensor) -> None:
+        import torch
+
         real = real_queries.to(probs.dtype)[:, None, None, None]  # a query that is padding counts nothing
         # [1, q] x [q, T'] per head, then the group: einsum would bring the probabilities into another order first, which
         # takes ten times as long
@@ -60,6 +66,8 @@ class Accumulated:
         return observed
 
     def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        import torch
+
         return torch.zeros((len(layers), len(rows), heads), dtype=torch.float32, device=positions.device)
 
     def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
@@ -87,6 +95,8 @@ class Noise:
 
     def _uniform(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int, head_dim: int = -2) -> Tensor:
         """Numbers in [0, 1) of the combined counters."""
+        import torch
+
         head = torch.arange(heads, device=positions.device)
         head = head if head_dim == -1 else head[:, None]
         x = rows * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD

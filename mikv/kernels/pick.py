@@ -13,8 +13,7 @@ from torch import Tensor
 from mikv.kernels import columns_reference, decode_cpu, decode_reference, encode_reference
 from mikv.kernels.launch import interpreted
 from mikv.kernels.segments import Attention, Segment, Vectors
-
-IMPLEMENTATIONS = ("reference", "triton")
+from mikv.options import IMPLEMENTATIONS, check_choice
 
 
 def picked(device: torch.device, implementation: str | None = None, dim: int = 64) -> str:
@@ -26,8 +25,7 @@ def picked(device: torch.device, implementation: str | None = None, dim: int = 6
     fits = dim >= 32 and dim & (dim - 1) == 0
     if implementation is None:
         return "triton" if device.type == "cuda" and fits else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={implementation}: choose {' or '.join(IMPLEMENTATIONS)}")
+    check_choice("attention", implementation, IMPLEMENTATIONS)
     if implementation == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(f"attention=triton needs a GPU, the model is on {device.type}; choose attention=reference")
     if implementation == "triton" and not fits:

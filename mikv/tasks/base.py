@@ -73,8 +73,21 @@ class Judge(Protocol):
         ...
 
 
-def endless(limit: int | None) -> int:
-    """The limit of a task that makes its samples."""
+MOST_CHARACTERS = 2 * 10**8
+"""Of all samples that a task makes: about 50 million tokens, 2 GB of memory. All are encoded before the first is asked."""
+
+
+def endless(limit: int | None, characters: int) -> int:
+    """The limit of a task that makes its samples, of about so many characters each.
+
+    Raises:
+        ValueError: no limit, or more than a machine holds.
+    """
     if limit is None:
         raise ValueError("task.limit=null: this task makes as many samples as are asked for; set task.limit")
+    if limit * characters > MOST_CHARACTERS:
+        raise ValueError(
+            f"task.limit={limit}: as many samples of about {characters} characters do not fit the memory; at most "
+            f"task.limit={max(1, MOST_CHARACTERS // characters)}"
+        )
     return limit

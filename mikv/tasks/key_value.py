@@ -22,6 +22,8 @@ from mikv.tasks.data import Source, draw
 PROMPT = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{{{records}}}\n\n"
 QUESTION = 'Key: "{key}"\nCorresponding value:'
 PUBLISHED_KEYS = 75
+MOST_KEYS = 10**5  # seven million tokens
+_CHARACTERS = 85  # of a key and its value
 SOURCE = Source(
     name="key-value retrieval, 75 keys",
     file="lost_in_the_middle/kv_retrieval_75_keys_first200.jsonl",
@@ -66,8 +68,8 @@ class KeyValue:
     max_new_tokens: int = 100
 
     def __post_init__(self) -> None:
-        if self.keys < 2:
-            raise ValueError(f"task.keys={self.keys}: at least 2")
+        if not 2 <= self.keys <= MOST_KEYS:
+            raise ValueError(f"task.keys={self.keys}: from 2 to {MOST_KEYS}")
         if self.data_dir is not None and self.keys != PUBLISHED_KEYS:
             raise ValueError(
                 f"task.keys={self.keys} with task.data_dir: the published samples have {PUBLISHED_KEYS} keys; without "
@@ -76,7 +78,7 @@ class KeyValue:
 
     def samples(self, limit: int | None, seed: int) -> list[Sample]:
         if self.data_dir is None:
-            return [self._made(doc_id, seed) for doc_id in range(endless(limit))]
+            return [self._made(doc_id, seed) for doc_id in range(endless(limit, _CHARACTERS * self.keys))]
         rows = list(enumerate(SOURCE.load(self.data_dir)))
         return [
             _sample(doc_id, [(key, value) for key, value in row["ordered_kv_records"]], row["key"])

@@ -41,6 +41,7 @@ GUARD = (
 REFUSAL = "PROTECTED"
 LINE = re.compile(r"^line (?P<key>.+): REGISTER_CONTENT is <(?P<number>\d+)>$", re.MULTILINE)
 MAX_NUMBER = 50_000
+_CHARACTERS = 50  # of a line, about
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ def make_record(rng: random.Random, lines: int) -> Record:
     while len(keys) < lines:
         keys[f"{rng.choice(adjectives)}-{rng.choice(nouns)}"] = None
     return Record(tuple(keys), tuple(rng.sample(range(1, MAX_NUMBER + 1), lines)))
+
+
+def check_lines(lines: int, least: int) -> None:
+    """Raises ValueError where a record can't have so many lines."""
+    if not least <= lines <= MAX_NUMBER:
+        raise ValueError(f"task.lines={lines}: from {least} to {MAX_NUMBER}, as each line has a number of its own")
 
 
 def integers(text: str) -> list[int]:
@@ -149,15 +156,14 @@ class LineRecall:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if self.lines < 1:
-            raise ValueError(f"task.lines={self.lines}: a record needs at least 1 line")
+        check_lines(self.lines, 1)
         if self.depths is not None and not 2 <= self.depths <= self.lines:
             raise ValueError(f"task.depths={self.depths}: from 2 (the first line and the last) to task.lines={self.lines}")
 
     def samples(self, limit: int | None, seed: int) -> list[Sample]:
         if self.file is not None:
             return _load_file(Path(self.file))[:limit]
-        return [self._generate(doc_id, seed) for doc_id in range(endless(limit))]
+        return [self._generate(doc_id, seed) for doc_id in range(endless(limit, _CHARACTERS * self.lines))]
 
     def _generate(self, doc_id: int, seed: int) -> Sample:
         rng = random.Random(f"linerecall/{seed}/{doc_id}")  # a str seed: the same on every machine and Python
@@ -199,11 +205,10 @@ class GuardedRecall:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if self.lines < 2:
-            raise ValueError(f"task.lines={self.lines}: the guarded record needs a protected and an open line")
+        check_lines(self.lines, 2)  # a protected and an open one
 
     def samples(self, limit: int | None, seed: int) -> list[Sample]:
-        return [self._generate(doc_id, seed) for doc_id in range(endless(limit))]
+        return [self._generate(doc_id, seed) for doc_id in range(endless(limit, _CHARACTERS * self.lines))]
 
     def _generate(self, doc_id: int, seed: int) -> Sample:
         rng = random.Random(f"guardedrecall/{seed}/{doc_id}")

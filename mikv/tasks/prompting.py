@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from mikv.tasks.base import Message, Sample
 
-QUESTION = ("visible", "hidden")
-
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The conversation as the model's chat template writes it, ready for the model's turn.

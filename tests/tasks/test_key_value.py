@@ -104,7 +104,7 @@ def test_a_ruler_row_whose_answer_stands_nowhere_is_refused(tmp_path: Path) -> N
 
 
 def test_what_can_not_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"task\.keys=1: at least 2"):
+    with pytest.raises(ValueError, match=r"task\.keys=1: from 2"):
         KeyValue(keys=1)
     with pytest.raises(ValueError, match=r"task\.keys=9 with task\.data_dir: the published samples have 75 keys"):
         KeyValue(keys=9, data_dir=str(tmp_path))

@@ -116,8 +116,10 @@ def test_many_lines_are_still_unique() -> None:
     assert len(set(record.keys)) == len(set(record.numbers)) == 600
 
 
-@pytest.mark.parametrize(("make", "lines", "why"), [(LineRecall, 0, "at least 1 line"), (GuardedRecall, 1, "protected")])
-def test_too_few_lines_are_refused(make: Any, lines: int, why: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "lines", "why"), [(LineRecall, 0, "from 1"), (GuardedRecall, 1, "from 2"), (LineRecall, 50_001, "to 50000")]
+)
+def test_too_few_or_too_many_lines_are_refused(make: Any, lines: int, why: str) -> None:
     with pytest.raises(ValueError, match=f"task.lines={lines}: .*{why}"):
         make(lines=lines)
 
@@ -330,3 +332,8 @@ def test_no_record_of_the_training_set_is_asked_in_a_task(monkeypatch: pytest.Mo
         for sample in task.samples(10, seed)
     }
     assert not trained & asked
+
+
+def test_more_samples_than_a_machine_holds_are_refused_before_the_first_is_made() -> None:
+    with pytest.raises(ValueError, match=r"task\.limit=100000: .* do not fit the memory; at most task\.limit=100$"):
+        LineRecall(lines=40_000).samples(100_000, seed=0)
