@@ -240,8 +240,7 @@ class Engine:
             answers = self._decode(cache, prompts, len(panel), decoding, _DECODED if fidelity else 1.0)
         if not fidelity:
             return answers
-        del cache  # before the next one is made: one packed cache at a time
-        with self._timed("fidelity"):
+        with self._timed("fidelity"):  # the first cache is used up: one packed cache at a time
             said = [[[*full.tokens, *([] if full.end is None else [full.end])]] for full in answers[0]]
             cache = self._compress_for(state, prompts, panel)
             del state
@@ -352,9 +351,10 @@ class Engine:
             by_length.setdefault(len(prompt.question), []).append(b)
         if len(by_length) > 1:
             merged: list[dict[int, Scores]] = [{} for _ in range(policies)]
+            left = list(range(batch))
             for number, members in enumerate(by_length.values()):
-                rows = (torch.arange(policies)[:, None] * batch + torch.tensor(members)).flatten()
-                part = self._cut(cache, rows, last=number == len(by_length) - 1)
+                part = self._taken_out(cache, left, members, policies)
+                left = [b for b in left if b not in members]
                 done = begun + (1 - begun) * number / len(by_length)
                 mine, theirs = [prompts[b] for b in members], [wanted[b] for b in members]
                 scored = self._score(part, mine, theirs, policies, done)
@@ -379,6 +379,18 @@ class Engine:
             share = (1 - begun) / len(longer)
             self._feed(part, starts, policies, some, tally, begun + share * start, share * len(some))
         return _by_prompt(tally.result(), owner, compressed_tokens, usages, batch)
+
+    @staticmethod
+    def _taken_out(cache: CompressedCache, held: Sequence[int], members: Sequence[int], policies: int) -> CompressedCache:
+        """A cache of some of the prompts that `cache` holds, which goes on with the others: no row is held twice."""
+        if list(members) == list(held):
+            return cache
+        first = torch.arange(policies)[:, None] * len(held)
+        mine = torch.tensor([i for i, b in enumerate(held) if b in members])
+        rest = torch.tensor([i for i, b in enumerate(held) if b not in members])
+        part = cache.fork((first + mine).flatten())
+        cache.batch_select_indices((first + rest).flatten())
+        return part
 
     @staticmethod
     def _cut(cache: CompressedCache, rows: Tensor, last: bool) -> CompressedCache:

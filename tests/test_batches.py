@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from conftest import engine, prompt, tokens
+from memory_limit import MemoryLimit
 
 from mikv.batches import Batch, Generating, OutOfMemory, Request, plan, serve
+from mikv.cache.policy_store import PolicyStore
 from mikv.config import policy
 from mikv.decoding import Decoding, Sampling
 from mikv.engine import Engine, Generation, Prompt, Scores, Scoring
@@ -171,6 +175,68 @@ def test_out_of_memory_halves_the_batch(
     assert sorted(done) == list(range(len(mixed())))
     assert max(sizes) > 2
     assert "out of memory with" in capsys.readouterr().out
+
+
+# So many that their caches, not the attention of a prefill, take most of the memory.
+MANY = [
+    policy("full"),
+    *(policy("mikv", {"keep": 0.1 * i}) for i in range(1, 9)),
+    *(policy("uniform", {"tier.bits": b}) for b in (2, 3)),
+]
+
+
+def peak(requests: Sequence[Request], batch_size: int, fidelity: bool) -> int:
+    """Most bytes that live at a time while these are served."""
+    with MemoryLimit() as memory:
+        list(serve(engine(), requests, MANY, batch_size, fidelity))
+    return memory.peak
+
+
+@pytest.mark.parametrize("fidelity", [False, True])
+def test_a_failed_attempts_memory_is_free_before_a_smaller_batch_is_tried_and_what_fitted_is_remembered(
+    fidelity: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine on which 4 prompts fit and 8 don't: 8 fails once, then all go by 4."""
+    requests: list[Request] = [Generating(prompt(200, seed=i), Decoding(8)) for i in range(16)]
+    # two batches of 4: the second finds memory taken that is kept for it
+    with MemoryLimit(most=int(1.05 * peak(requests[:8], 4, fidelity))):
+        served = list(serve(engine(), requests, MANY, 8, fidelity))
+    assert [part.prompts for part in served] == [4, 4, 4, 4]
+    assert sorted(i for part in served for i in part.responses) == list(range(16))
+    assert capsys.readouterr().out.count("out of memory with 8 prompts at a time; going on with at most 4") == 1
+
+
+@pytest.mark.parametrize("kind", ["answers", "continuations"])
+def test_each_row_is_held_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fidelity decodes twice, rows end early, continuations are fed in forks: what goes on takes the place of what was."""
+    step, most = Engine.step, []
+
+    def rows() -> int:
+        gc.collect()
+        return sum(len(found.seen) for found in gc.get_objects() if type(found) is PolicyStore)
+
+    def counting(self: Engine, *arguments: Any) -> Any:
+        most.append(rows())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Engine, "step", counting)
+    prompts = [prompt(40, seed=i, question=1 + 3 * i if kind == "answers" else 1) for i in range(4)]
+    requests: list[Request] = [Generating(one, Decoding(8)) for one in prompts]
+    if kind == "continuations":
+        requests = [Scoring(one, [tokens(3 + i, seed=i)]) for i, one in enumerate(prompts)]
+    before = rows()
+    assert list(serve(engine(), requests, PANEL, 4, fidelity=True))
+    assert max(most) - before == 4 * len(PANEL)
+
+
+def test_whoever_watches_sees_the_share_that_is_done_grow_within_a_batch() -> None:
+    seen: list[float] = []
+    for _ in serve(engine(), mixed(), PANEL, 16, fidelity=True, watch=seen.append):
+        pass
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert 0 < seen[0] < 0.3
+    assert len(seen) > 10
 
 
 def test_a_single_prompt_that_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
