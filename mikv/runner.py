@@ -15,7 +15,8 @@ from mikv.batches import Request, Response, serve
 from mikv.cache.reading import Reading, decide
 from mikv.engine import Engine
 from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import combine, summarize
+from mikv.metrics.combine import combine
+from mikv.metrics.summary import summarize
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, ModelSpec, load, load_geometry
 from mikv.plots import save_curve, save_depth_maps
@@ -299,7 +300,7 @@ def _summarize(run: Run, work: Work, units: Sequence[Unit], done: dict[str, Row]
                 "question": run.question,
                 "metric": work.metric,
                 "lower_is_better": work.lower_is_better,
-                **summarize(rows[policy], twins, work.flags, scores.value, work.lower_is_better),
+                **summarize(rows[policy], twins, work.flags, scores.value, work.kind, work.lower_is_better),
                 **_parts(work, rows[policy], twins),
                 "scores": dict(scores.scores),
                 "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
@@ -315,17 +316,17 @@ def _parts(work: Work, rows: Sequence[Row], twins: dict[str, Row]) -> Row:
         return {}
     parts: dict[str, Row] = {}
     whole = {part: {row["sample"]: row for row in work.rows_of(part, list(twins.values()))} for part in work.parts}
+    own = {name: work.rows_of(name, rows) for name in work.parts}
     for name, part in work.parts.items():
-        mine = work.rows_of(name, rows)
-        scores = part.summarize(mine)
+        scores = part.summarize(own[name])
         flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
         parts[name] = {
             "metric": part.metric,
             "lower_is_better": part.lower_is_better,
-            **summarize(mine, whole[name], flags, scores.value, part.lower_is_better),
+            **summarize(own[name], whole[name], flags, scores.value, part.kind, part.lower_is_better),
             "scores": dict(scores.scores),
         }
-    return {**combine(parts, work.risks), "risks": dict(work.risks), "parts": parts}
+    return {**combine(own, whole, parts, work.risks), "risks": dict(work.risks), "parts": parts}
 
 
 def _draw_depths(run: Run, units: Sequence[Unit], done: dict[str, Row], file: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mikv.batches import Response
 from mikv.fingerprint import fingerprint
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
 from mikv.tasks.data import DataUnavailable
@@ -82,6 +83,7 @@ class SuiteWork:
 
     metric = "risk"
     lower_is_better = True
+    kind: Kind = "number"
 
     def __init__(self, parts: Mapping[str, Work], identities: Mapping[str, str], risks: Mapping[str, tuple[str, ...]]) -> None:
         self.parts, self.risks = parts, risks
@@ -111,13 +113,15 @@ class SuiteWork:
         return self.parts[name].outcomes(inner, responses)
 
     def rows_of(self, part: str, rows: Sequence[Row]) -> list[Row]:
-        """The rows of a part, as it made them, with `wrong` where that is a risk."""
-        mine = []
+        """The rows of a part, as it made them, with `wrong` where that is a risk: yes or no where its score is an outcome."""
+        mine: list[Row] = []
+        outcomes = self.parts[part].kind == "outcome"
         for row in rows:
             name, _, inner = row["subtask"].partition("/")
             if name == part:
-                known = WRONG in self.risks[part] and row["score"] is not None
-                mine.append({**row, "subtask": inner or None, **({WRONG: 1 - row["score"]} if known else {})})
+                mine.append({**row, "subtask": inner or None})
+                if WRONG in self.risks[part] and row["score"] is not None:
+                    mine[-1][WRONG] = row["score"] == 0 if outcomes else 1 - row["score"]
         return mine
 
     def summarize(self, rows: Sequence[Row]) -> Summary:
