@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
-from written_run import read_summary, write_run
+from written_run import divergences, read_summary, write_run
 
 from mikv.results import flips, frame, read_results
 
@@ -41,11 +41,15 @@ def test_curves_run_on_the_committed_results() -> None:
 
 
 def test_curves_run_on_any_other_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of outcomes and one of divergences, of which no difference is to be told."""
     write_run(tmp_path / "digits")
+    write_run(tmp_path / "texts", divergences())
     monkeypatch.setenv("MIKV_RESULTS", str(tmp_path))
     outputs = executed("curves.ipynb")
     assert images(outputs) == 2
-    assert "h2o 20%" in text(outputs)
+    (changes,) = [shown for output in outputs if "mcnemar_p" in (shown := text([output]))]
+    assert "digits h2o 20%" in " ".join(changes.split())
+    assert "texts" not in changes
 
 
 def test_inside_runs_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
