@@ -7,11 +7,11 @@ python -m experiments.ablations model=smollm2-135m task=fidelity
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.base import compare, run, show
+from experiments.base import ADJUSTED, adjusted, compare, run, show
 from mikv.cli import explained, quiet
-from mikv.metrics.statistics import Paired
 from mikv.results import Results
 
 BASE = "mikv 20% 16/2"
@@ -32,32 +32,34 @@ def table(results: Results) -> Any:
     first = results.summary[0]
     shown = Table(
         title=f"Ablations around {BASE}\n{first['model']} · {first['task']} · n = {first['n']}",
-        caption=f"{first['metric']} with 95 % interval; change from {BASE}: paired, bootstrap; p: McNemar, exact; kl: to the "
-        "full cache on its own answers; size: bytes counted from stored tensors",
+        caption=f"{first['metric']} with 95 % interval; change from {BASE}: paired; {ADJUSTED}; kl: to the full cache on its "
+        "own answers; size: bytes counted from stored tensors",
     )
     for name in ("choice", "policy"):
         shown.add_column(name)
     for name in (first["metric"], "change", "p", "kl", "size %"):
         shown.add_column(name, justify="right", no_wrap=True)
+    labels = [row["label"] for row in results.summary if row["label"] not in (BASE, "full")]
+    changes = {label: change for label in labels if (change := compare(results, label, BASE)) is not None}
+    tests = adjusted({label: change.p for label, change in changes.items()})
     for row in results.summary:
-        what = next((text for sign, text in CHOICES.items() if sign in row["label"]), "")
-        change = None if row["label"] in (BASE, "full") else compare(results, row["label"], BASE)
-        bounds = row["ci95"] or (row["value"], row["value"])
+        label = row["label"]
+        change = changes.get(label)
         shown.add_row(
-            what,
-            row["label"],
-            f"{row['value']:.3g} \\[{bounds[0]:.3g}, {bounds[1]:.3g}]",
-            "" if change is None else _change(change),
-            "" if change is None or change.p is None else f"{change.p:.2g}",
+            next((text for sign, text in CHOICES.items() if sign in label), ""),
+            label,
+            _number(f"{row['value']:.3g}", row["ci95"], ".3g"),
+            "" if change is None else _number(f"{change.difference:+.2g}", change.ci95, "+.2g"),
+            f"{tests[label]:.2g}" if label in tests else "",
             f"{row['kl']:.2g}" if "kl" in row else "",
             f"{row['size_percent']:.1f}",
         )
     return shown
 
 
-def _change(change: Paired) -> str:
-    low, high = change.ci95 or (change.difference, change.difference)
-    return f"{change.difference:+.2g} \\[{low:+.2g}, {high:+.2g}]"
+def _number(value: str, bounds: Sequence[float] | None, form: str) -> str:
+    """'0.48 [0.38, 0.58]'."""
+    return value if bounds is None else f"{value} \\[{bounds[0]:{form}}, {bounds[1]:{form}}]"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mikv.cli import explained, quiet
-from mikv.metrics.statistics import Paired, paired
+from mikv.metrics.paired import Paired, holm, paired
+from mikv.metrics.summary import clusters_of
 from mikv.results import Results, read_results
 
 Row = dict[str, Any]
+
+ADJUSTED = "p: McNemar's exact test, adjusted for the number of tests in the table (Holm)"
 
 
 def finish(experiment: str, *overrides: str) -> Path:
@@ -45,25 +48,31 @@ def paper_table(title: str, rows: Sequence[Row], paper: Mapping[str, float]) -> 
 
     table = Table(
         title=f"{title}\n{rows[0]['model']} · {rows[0]['task']} · n = {rows[0]['n']}",
-        caption="95 % intervals; vs full: paired, in points, bootstrap; p: McNemar, exact; size: bytes counted from stored "
-        "tensors, formula: the paper's, without positions and scores. Paper: Llama-2-7B, unknown numbers of lines and samples",
+        caption=f"95 % intervals; vs full: paired, in points; {ADJUSTED}; size: bytes counted from stored tensors, formula: "
+        "the paper's, without positions and scores. Paper: Llama-2-7B, unknown numbers of lines and samples",
     )
     table.add_column("policy", no_wrap=True)
     for name in (rows[0]["metric"] + " %", "vs full", "p", "size %", "formula %", "paper %"):
         table.add_column(name, justify="right", no_wrap=True)
+    tests = adjusted({row["label"]: row["mcnemar_p"] for row in rows if row["policy"] != "full"})
     for row in rows:
-        full = row["policy"] == "full"
         known = paper.get(row["label"])
         table.add_row(
             row["label"],
             percent(row["value"], row["ci95"]),
-            "" if full else points(row["difference"], row["difference_ci95"]),
-            "" if full or row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}",
+            "" if row["policy"] == "full" else points(row["difference"], row["difference_ci95"]),
+            f"{tests[row['label']]:.2g}" if row["label"] in tests else "",
             f"{row['size_percent']:.1f}",
             f"{row['size_percent_paper']:.1f}",
             "" if known is None else f"{known:g}",
         )
     return table
+
+
+def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
+    """Holm's adjusted p-values of those comparisons that have a test: they stand in one table, and one is soon below 0.05."""
+    known = {label: p for label, p in p_values.items() if p is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))
 
 
 def percent(value: float, bounds: Sequence[float] | None) -> str:
@@ -77,13 +86,18 @@ def points(value: float, bounds: Sequence[float] | None) -> str:
 
 
 def compare(results: Results, label: str, reference: str) -> Paired | None:
-    """A policy against another one of the panel, sample by sample."""
+    """A policy against another one of the panel, sample by sample; None where they have none in common."""
     mine, other = (
-        {row["sample"]: row["score"] for row in results.samples if row["label"] == name and row["score"] is not None}
+        {row["sample"]: row for row in results.samples if row["label"] == name and row["score"] is not None}
         for name in (label, reference)
     )
-    both = sorted(mine.keys() & other.keys())
-    return paired([mine[sample] for sample in both], [other[sample] for sample in both])
+    both = [mine[sample] for sample in sorted(mine.keys() & other.keys())]
+    return paired(
+        [row["score"] for row in both],
+        [other[row["sample"]]["score"] for row in both],
+        outcomes=results.summary[0]["kind"] == "outcome",
+        clusters=clusters_of(both),
+    )
 
 
 def show(*tables: Any) -> None:

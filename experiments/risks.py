@@ -6,8 +6,8 @@
     python -m experiments.risks --run model=smollm2-135m task.data_dir=FOLDER     run what is missing of all three suites first
 
 A risk is a rate (of breaches, inventions, wrong answers, ...) of one task or part of a suite. The table compares policies of
-equal size in its columns: rate with n and 95 % interval, paired change from the full cache with its bootstrap interval and
-McNemar's exact test. The figure has a panel per risk, a line per policy.
+equal size in its columns: rate with n and 95 % interval, paired change from the full cache with its own and McNemar's exact
+test. The figure has a panel per risk, a line per policy.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def table(rows: Sequence[Row]) -> Any:
 
     shown = Table(
         title=f"{rows[0]['model']}: risks at equal bytes, question {rows[0]['question']}",
-        caption="rate \\[95 % interval], change from the full cache in points \\[bootstrap interval of the paired difference], "
-        "* = McNemar's exact p below 0.05; sizes are counted from stored tensors",
+        caption="rate \\[95 % interval], change from the full cache in points \\[95 % interval of the paired difference], "
+        "* = McNemar's exact p below 0.05, each test by itself: of many, some are without reason; sizes are counted from "
+        "stored tensors",
     )
     for name in ("risk", "policy"):
         shown.add_column(name, no_wrap=True)
@@ -105,7 +106,7 @@ def table(rows: Sequence[Row]) -> Any:
 
 
 def _rate(row: Row) -> str:
-    return f"{row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['rate']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def _cell(row: Row) -> str:

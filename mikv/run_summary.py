@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mikv.metrics.summary import combine, summarize
+from mikv.metrics.combine import combine
+from mikv.metrics.summary import summarize
 from mikv.records import RecordError
 from mikv.work.base import Unit, Work
 from mikv.work.suite import SuiteWork
@@ -95,7 +96,7 @@ def _summary_row(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -
         **{name: rows[0][name] for name in ("policy", "label", "model", "task", "question")},
         "metric": work.metric,
         "lower_is_better": work.lower_is_better,
-        **summarize(rows, baseline, work.flags, scores.value, work.lower_is_better),
+        **summarize(rows, baseline, work.flags, scores.value, work.kind, work.lower_is_better),
         **_parts(work, rows, baseline),
         "scores": dict(scores.scores),
         "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
@@ -114,16 +115,16 @@ def _parts(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -> Row:
     """Of a suite: the mean of its risks with its error, and each part's own summary."""
     if not isinstance(work, SuiteWork):
         return {}
+    own, whole = ({name: work.rows_of(name, of) for name in work.parts} for of in (rows, list(baseline.values())))
+    full = {name: {row["sample"]: row for row in of} for name, of in whole.items()}
     parts: dict[str, Row] = {}
     for name, part in work.parts.items():
-        mine = work.rows_of(name, rows)
-        whole = {row["sample"]: row for row in work.rows_of(name, list(baseline.values()))}
-        scores = part.summarize(mine)
+        scores = part.summarize(own[name])
         flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
         parts[name] = {
             "metric": part.metric,
             "lower_is_better": part.lower_is_better,
-            **summarize(mine, whole, flags, scores.value, part.lower_is_better),
+            **summarize(own[name], full[name], flags, scores.value, part.kind, part.lower_is_better),
             "scores": dict(scores.scores),
         }
-    return {**combine(parts, work.risks), "risks": dict(work.risks), "parts": parts}
+    return {**combine(own, full, parts, work.risks), "risks": dict(work.risks), "parts": parts}

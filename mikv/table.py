@@ -45,7 +45,7 @@ def _main_table(rows: Sequence[Row]) -> Any:
     table.add_column("policy", no_wrap=True)
     others = [] if suite else [name for name in first["scores"] if name != first["metric"]]
     flags = [] if suite else list(first["rates"])
-    paired = "difference" in first and first["metric"] != "kl"  # a divergence is a difference to full
+    paired = "difference" in first
     columns = [*others, "size %", "paper %", *(["vs full", "lost", "gained"] if paired else [])]
     columns += [*(["kl", "agree"] if "kl" in first and first["metric"] != "kl" else ["agree"] if "kl" in first else []), *flags]
     table.add_column(first["metric"].replace("_", " "), justify="right", no_wrap=True)

@@ -111,7 +111,34 @@ doc_to_target: "{{answer}}"
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
+    "own_scored": """
+task: own_scored
+dataset_path: somewhere/own_answer
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+process_results: !function own_scores.share
+generation_kwargs: {until: ["e"], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+    "own_texts": """
+task: own_texts
+dataset_path: somewhere/own_texts
+dataset_name: texts
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{context}} {{question}}"
+doc_to_target: " {{answer}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
 }
+SCORES = """
+def share(doc, results):
+    return {"exact_match": 1.0}
+"""
 WORDS = [
     "amber",
     "birch",
@@ -157,6 +184,9 @@ def make(tasks: Path, data: Path) -> None:
     """Write the task YAMLs into one folder and their data into another."""
     for name, text in YAML.items():
         (tasks / f"{name}.yaml").write_text(text)
+    (tasks / "own_scores.py").write_text(SCORES)
+    asked = [{"context": page["page"], **row} for page in _rows("pages", 3) for row in _rows("answer", 6)]
+    write(data / "texts" / "test.jsonl", asked)
     write(data / "words" / "test.jsonl", _rows("choice", 9))
     write(data / "words" / "dev.jsonl", _rows("choice", 12)[9:])
     write(data / "test.jsonl", [a | p for a, p in zip(_rows("answer", 7), _rows("pages", 7), strict=True)])

@@ -58,11 +58,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.tasks": ("mikv.tasks",),
     "mikv.work": (
         *("mikv.batches", "mikv.engine", "mikv.decoding", "mikv.scoring", "mikv.models", "mikv.fingerprint"),
-        *("mikv.identity", "mikv.metrics.summary", "mikv.tasks", "mikv.work"),
+        *("mikv.identity", "mikv.tasks", "mikv.metrics", "mikv.work"),
     ),
     "mikv.lm": (
         *("mikv.batches", "mikv.engine", "mikv.decoding", "mikv.scoring", "mikv.models", "mikv.policy", "mikv.fingerprint"),
-        *("mikv.tasks", "mikv.work", "mikv.lm"),
+        *("mikv.tasks", "mikv.metrics", "mikv.work", "mikv.lm"),
     ),
     "mikv.metrics": ("mikv.metrics",),
     "mikv.records": ("mikv.records", "mikv.fingerprint", "mikv.metrics.recount"),

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import own_rows
 import pytest
 import torch
 from conftest import ROOT
@@ -16,7 +18,8 @@ from conftest import ROOT
 from mikv.batches import OutOfMemory
 from mikv.config import CONF, ConfigError, compose
 from mikv.engine import Engine
-from mikv.records import RecordError
+from mikv.records import RecordError, read_environments
+from mikv.records.tree import check
 from mikv.run import Run
 from mikv.runner import RunError, execute
 from mikv.work.base import Unit
@@ -276,3 +279,132 @@ def test_every_script_starts_as_its_docstring_says(script: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+# --- a name loses nothing ---
+
+
+def test_a_smaller_limit_or_another_policy_keeps_what_the_summary_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The summary is of all that the folder holds, and the run says so."""
+    execute(composed(tmp_path, "name=x", "task.limit=6", "policy=h2o"))
+    assert "note: the summary is of all" not in capsys.readouterr().out
+    first = {row["label"]: row for row in rows(tmp_path / "x" / "summary.jsonl")}
+    again = execute(composed(tmp_path, "name=x", "task.limit=2", "policy=mikv"))
+    said = capsys.readouterr().out
+    assert (
+        "note: the summary is of all that the folder holds (3 policies, 6 samples); this command asked for 2 and 2 of them"
+        in said
+    )
+    after = {row["label"]: row for row in rows(tmp_path / "x" / "summary.jsonl")}
+    assert [row["samples"] for row in after.values()] == [6, 2, 6]
+    assert list(after) == ["full", "mikv 20% 16/2", "h2o 20%"] == [row["label"] for row in again]
+    assert after["full"] == first["full"]
+    assert after["h2o 20%"] == first["h2o 20%"]
+    assert check(tmp_path / "x") == []
+
+
+def test_records_of_a_sample_that_has_changed_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gold answers that were corrected: the old outcome stays in the file and out of the summary, and so do samples of which
+    nobody knows whether they have changed."""
+    data = Path(own_rows.write(tmp_path / "data"))
+    base = [
+        "model=tiny-random",
+        "task=context_qa",
+        f"task.data_dir={data}",
+        "task.max_new_tokens=4",
+        f"out={tmp_path}",
+        "name=x",
+    ]
+    execute(compose(*base, "task.limit=4"))
+    name = "xquad_en/xquad_en.jsonl"
+    corrected = [row | {"answers": {"text": ["corrected"], "answer_start": [0]}} for row in own_rows.ROWS[name]]
+    own_rows.write(data, {name: corrected})
+    execute(compose(*base, "task.limit=2"))
+    assert (
+        "note: 8 records in the folder are of samples with other content than now, and don't count" in capsys.readouterr().out
+    )
+    summary = rows(tmp_path / "x" / "summary.jsonl")
+    assert [row["samples"] for row in summary] == [2, 2]
+    targets = {row["target"] for row in rows(tmp_path / "x" / "samples.jsonl")}
+    assert "corrected" in targets
+    assert len(targets) > 1
+
+
+def test_tasks_that_a_command_leaves_out_are_not_lost_from_a_summary(tmp_path: Path) -> None:
+    data = own_rows.write(tmp_path / "data")
+    base = ["model=tiny-random", "task=contextloss", f"task.data_dir={data}", "task.limit=2", f"out={tmp_path}", "name=x"]
+    parts = [f"~task.parts.lines_{n}" for n in (20, 40, 80)]
+    short = [f"task.parts.{part}.max_new_tokens=3" for part in ("lines_10", "niah_multikey", "key_value")]
+    execute(compose(*base, *parts, *short))
+    before = (tmp_path / "x" / "summary.jsonl").read_bytes()
+    with pytest.raises(RecordError, match="holds samples of niah_multikey, which this command leaves out"):
+        execute(compose(*base, *parts, *short[::2], "~task.parts.niah_multikey"))
+    assert (tmp_path / "x" / "summary.jsonl").read_bytes() == before
+
+
+def test_two_policies_of_one_label_are_told_apart(tmp_path: Path) -> None:
+    """A policy of one's own whose label leaves something out: neither summary nor flips could tell whose a row is."""
+    run = composed(tmp_path, "name=x")
+    execute(run)
+    alike = replace(run.panel[1], recent=0.1)
+    with pytest.raises(RecordError, match="another policy that is called 'mikv 20% 16/2', too"):
+        execute(replace(run, panel=(run.panel[0], alike)))
+
+
+def test_a_finished_run_is_shown_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder that is read-only; root may write anywhere, so that nothing is opened for writing is what is asked."""
+    first = execute(composed(tmp_path, "name=x"))
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr("mikv.runner.RunFolder", lambda *_: pytest.fail("claimed"))
+    monkeypatch.setattr("mikv.runner.save_curve", lambda *_, **__: pytest.fail("drawn"))
+    assert execute(composed(tmp_path, "name=x")) == first
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()} == before
+    said = capsys.readouterr().out
+    assert "all 4 samples are done already" in said
+    assert "mikv 20% 16/2" in said
+
+
+def test_a_plot_that_can_not_be_drawn_is_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run in a read-only folder without its plot."""
+    execute(composed(tmp_path, "name=x"))
+    (tmp_path / "x" / "curve.png").unlink()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("mikv.runner.save_curve", refused)
+    capsys.readouterr()
+    execute(composed(tmp_path, "name=x"))
+    assert "curve.png can't be drawn (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["task=guardedrecall", "task.lines=2"],
+        ["task=fidelity", "task.context=100", "task.tail=20"],
+        ["task=hallucination", "~task.parts.truthfulqa", "task.data_dir=DATA"],
+        ["task=memo_trap", "task.data_dir=DATA"],
+    ],
+    ids=lambda task: task[0],
+)
+def test_what_a_run_wrote_is_what_it_counted(task: list[str], tmp_path: Path) -> None:
+    data = own_rows.write(tmp_path / "data")
+    lines = [line.replace("DATA", data) for line in task]
+    run = compose("model=tiny-random", *lines, "task.limit=3", f"out={tmp_path}", "name=x")
+    summary = execute(run)
+    assert check(tmp_path / "x") == []
+    assert {"reader", "attention", "batch_size", "environment"} <= summary[0].keys()
+    assert summary[0]["reader"] == ["working"]
+    for row in rows(tmp_path / "x" / "samples.jsonl"):
+        assert row["allocated_nbytes"] >= sum(row["nbytes"].values())
+        assert row["peak_nbytes"] > 10**7
+        assert row["batch"][1] == 2
+        assert row["environment"] in read_environments(tmp_path / "x")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from written_run import read_summary, samples, write_run
+from written_run import divergences, read_summary, samples, summary, write_run
 
 from mikv import tracking
 from mikv.config import ConfigError
@@ -117,6 +117,13 @@ def test_an_offline_run_holds_what_the_records_hold(tmp_path: Path, capsys: pyte
             last |= items(record.summary.update)
     assert last["seconds"] == summary[0]["seconds"]
     assert last["policies"]["h2o 20%"]["accuracy.value"] == summary[1]["value"]
+
+
+def test_a_divergence_is_told_without_a_change() -> None:
+    full, h2o, _ = (dict(tracking.point_row(row)) for row in summary(divergences()))
+    assert (full["kl.value"], full["kl.ci95_low"], full["kl.ci95_high"]) == (0.0, None, None)
+    assert h2o["kl.ci95_low"] < h2o["kl.value"] < h2o["kl.ci95_high"]
+    assert not [name for name in (*full, *h2o) if name.startswith(("kl.difference", "kl.mcnemar", "kl.lost"))]
 
 
 def test_a_run_is_mirrored_once_and_again_when_it_has_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,8 +54,14 @@ def samples(answers: Mapping[tuple[str, str], Sequence[str]] = ANSWERS) -> list[
     ]
 
 
+def divergences() -> list[Row]:
+    """The same rows of a task whose score is the divergence, such as fidelity."""
+    return [row | {"task": "texts", "score": row["kl"]} for row in samples()]
+
+
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Rows of summary.jsonl, as a run makes them."""
+    """Rows of summary.jsonl, as a run makes them: of divergences where the score is one."""
+    metric, kind, lower = ("kl", "divergence", True) if rows[0]["task"] == "texts" else ("accuracy", "outcome", False)
     by_label: dict[str, list[Row]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
@@ -64,10 +70,10 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     for label, mine in by_label.items():
         value = sum(row["score"] for row in mine) / len(mine)
         head = {name: mine[0][name] for name in ("policy", "model", "task", "question")}
-        rest = {"scores": {"accuracy": value}, "by_task": {}, "size_percent_paper": 20.0}
+        rest = {"scores": {metric: value}, "by_task": {}, "size_percent_paper": 20.0}
         made.append(
-            {"label": label, "metric": "accuracy", "lower_is_better": False, **head}
-            | summarize(mine, twins, ("invented",), value)
+            {"label": label, "metric": metric, "lower_is_better": lower, **head}
+            | summarize(mine, twins, ("invented",), value, kind, lower)
             | rest
         )
     return made

@@ -17,7 +17,7 @@ import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean, mean_stderr
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.huggingface import HFLM
 
 from mikv.batches import Response
@@ -26,8 +26,10 @@ from mikv.fingerprint import fingerprint
 from mikv.lm.humaneval import HUMANEVAL
 from mikv.lm.model import EncodedInstances, PanelLM
 from mikv.lm.tasks import Catalogue, build_requests
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer, locate
 from mikv.scoring import Fidelity
+from mikv.tasks.data import cluster
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
 # Documents of each task that a subset takes; None = all.
@@ -35,6 +37,12 @@ SUBSETS: dict[str, int | None] = {"full": None, "tiny": 2}
 _OWN = {"humaneval": HUMANEVAL}
 # What of a task's configuration makes a score of a reply.
 _JUDGED = ("filter_list", "metric_list", "process_results", "doc_to_target", "doc_to_choice", "target_delimiter")
+# Metrics that are 1 or 0 of each document where lm-eval's own code computes them. A task's own function may give anything under
+# any name (truthfulqa_mc2's `acc` is a probability); those of ours are known.
+_OUTCOMES = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}
+_OWN_OUTCOMES = {("humaneval", "pass@1")}
+# Fields of a document that hold a text which other documents may ask about too.
+_CONTEXTS = ("context", "passage", "article", "story", "paragraph")
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ class HarnessWork:
         self.metric, self._decisive = self._find_metric()
         leaf = self._tasks[self._members(self._decisive[0])[0]]
         self.lower_is_better = not leaf.higher_is_better().get(self._decisive[1].split(",")[0], True)
+        self.kind = self._kind()
         self._lm: PanelLM | None = None
         self._encoded: dict[str, EncodedInstances] = {}
 
@@ -232,10 +241,18 @@ class HarnessWork:
                     **({} if generations and len(generations) == 1 else {"replies": replies}),
                     **({"answer_tokens": sum(len(g.tokens) for g in generations)} if generations else {}),
                     **({"ended": all(g.ended for g in generations)} if generations else {}),
+                    **_shared(instances[0].doc),
                     **fidelity_row(fidelity),
                 }
             )
         return rows
+
+    def _kind(self) -> Kind:
+        """Of the decisive metric, in all tasks that it is a mean of; lm-eval does not say what values a metric can have."""
+        task, key = self._decisive
+        metric = key.split(",")[0]
+        members = self._members(task)
+        return "outcome" if all(_is_outcome(name, self._tasks[name], metric) for name in members) else "number"
 
     def _judge(self, task: Task, instances: Sequence[Instance], replies: Sequence[list[Any]]) -> dict[str, Any]:
         """lm-eval's filters, then its metrics of one document, by `metric,filter`."""
@@ -360,6 +377,19 @@ def _chat_template(tokenizer: Any, system: str | None) -> Any:
         return text
 
     return render
+
+
+def _is_outcome(name: str, task: Task, metric: str) -> bool:
+    if name in _OWN:
+        return (name, metric) in _OWN_OUTCOMES and task.get_config("repeats") == 1
+    own = callable(task.get_config("process_results")) or type(task).process_results is not ConfigurableTask.process_results
+    return metric in _OUTCOMES and not own
+
+
+def _shared(doc: Mapping[str, Any]) -> Row:
+    """The `cluster` of a record: the text that a document asks about; none where it has no such field."""
+    texts = [doc[name] for name in _CONTEXTS if isinstance(doc.get(name), str) and doc[name]]
+    return {"cluster": cluster(texts[0])} if texts else {}
 
 
 def _answer(instances: Sequence[Instance], replies: Sequence[list[Any]]) -> str | None:

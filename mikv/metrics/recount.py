@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mikv.metrics.combine import combine
 from mikv.metrics.summary import part_rows, summarize
 
 Row = dict[str, Any]
-
-# Of a suite these are made of its parts' rates, see mikv.metrics.summary.combine.
-_COMBINED = ("value", "stderr", "ci95", "difference", "difference_stderr", "difference_ci95", "mcnemar_p", "lost", "gained")
 
 
 def summary_differences(summary: Sequence[Row], rows: Sequence[Row]) -> list[str]:
@@ -44,19 +42,26 @@ def _unsaid(summary: Sequence[Row], by_label: Mapping[str, Sequence[Row]]) -> li
 
 
 def _differences(said: Row, mine: Sequence[Row], baseline: Mapping[str, Row]) -> Iterator[str]:
-    left_out = _COMBINED if "parts" in said else ()
-    yield from _counted(said, mine, baseline, left_out)
-    for name, part in said.get("parts", {}).items():
-        risks = said["risks"][name]
-        whole = {row["sample"]: row for row in part_rows(list(baseline.values()), name, risks)}
-        for what in _counted(part, part_rows(mine, name, risks), whole, ()):
-            yield f"{what} (part {name})"
+    again = summarize(mine, baseline, tuple(said["rates"]), said["value"], said["kind"], said["lower_is_better"])
+    if "parts" in said:
+        own, full = (_by_part(said, rows) for rows in (mine, list(baseline.values())))
+        whole = {name: {row["sample"]: row for row in rows} for name, rows in full.items()}
+        for name, part in said["parts"].items():
+            flags, value = tuple(part["rates"]), part["value"]
+            counted = summarize(own[name], whole[name], flags, value, part["kind"], part["lower_is_better"])
+            yield from (f"{what} (part {name})" for what in _unlike(part, counted))
+        again |= combine(own, whole, said["parts"], said["risks"])
+    yield from _unlike(said, again)
 
 
-def _counted(said: Row, mine: Sequence[Row], baseline: Mapping[str, Row], left_out: Sequence[str]) -> Iterator[str]:
-    again = summarize(mine, baseline, tuple(said["rates"]), said["value"], said["lower_is_better"])
+def _by_part(said: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Of a suite's rows those of each part."""
+    return {name: part_rows(rows, name, said["risks"][name], part["kind"]) for name, part in said["parts"].items()}
+
+
+def _unlike(said: Row, again: Row) -> Iterator[str]:
     for name, value in again.items():
-        if name not in left_out and not _close(said.get(name), value):
+        if not _close(said.get(name), value):
             yield f"{name} = {said.get(name)}, its samples {value}"
 
 

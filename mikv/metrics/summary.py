@@ -1,4 +1,4 @@
-"""One row per policy: score with its uncertainty, difference to the full twin, fidelity, bytes counted."""
+"""One row per policy: score with its uncertainty, difference to the full cache, fidelity, bytes counted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from mikv.metrics.statistics import interval, paired, stderr
+from mikv.metrics.paired import paired
+from mikv.metrics.statistics import interval, stderr
 
 Row = dict[str, Any]
 
-FIDELITY = ("kl", "agreement", "nll_change")
+Kind = Literal["outcome", "number", "divergence"]
+"""What a sample's score is. outcome: 1 or 0, something happened or did not. number: any number (an F1, a share). divergence:
+how far a policy is from the full cache, whose own is 0 by definition."""
+
+FIDELITY = {"kl": (0.0, math.inf), "agreement": (0.0, 1.0), "nll_change": (-math.inf, math.inf)}
+"""Between which values each measure of it can lie."""
 
 
 def summarize(
@@ -20,16 +26,33 @@ def summarize(
     full: Mapping[str, Row] | None,
     flags: Sequence[str],
     value: float,
+    kind: Kind,
     lower_is_better: bool = False,
 ) -> Row:
     """Summary of one policy's samples.
 
+    Of the score, and of each rate in `rates`:
+
+        value                  the metric; a rate: the share of the samples in which its outcome could happen
+        stderr                 its standard error, from the samples' spread, clustered where samples share a context
+        ci95                   its 95 % interval: Wilson's score interval of outcomes, Student's of numbers
+        difference             paired change from the full cache, in the unit of the value
+        difference_stderr      its standard error, as above
+        difference_ci95        its 95 % interval: Tango's score interval of outcomes, Student's of numbers
+        mcnemar_p              exact test of outcomes: McNemar's, in clusters the one that flips whole clusters; None of numbers
+        lost, gained           samples that got worse, better than with the full cache
+
+    An interval is None where nothing is known: of fewer than two samples or clusters, or of numbers that are all alike. A
+    divergence is a difference to the full cache itself: it has no further difference, test, lost or gained.
+
     Args:
-        samples: rows of samples.jsonl of one policy. Those with a `score` decide the metric.
-        full: the full twin's rows by `sample`, for the paired difference.
-        flags: outcome flags whose rates are reported.
-        lower_is_better: than the twin; for `lost` and `gained`.
+        samples: rows of samples.jsonl of one policy. Those with a `score` decide the metric; those with the same `cluster`
+            share a context.
+        full: the full cache's rows by `sample`, for the paired difference.
+        flags: outcomes whose rates are reported; a flag that is a number, not a bool, is the share of something.
         value: the metric. Where it is not the mean of the scores (a perplexity), it has no interval here.
+        kind: of the scores.
+        lower_is_better: for `lost` and `gained`.
     """
     scored = [row for row in samples if row["score"] is not None]
     scores = [float(row["score"]) for row in scored]
@@ -41,10 +64,11 @@ def summarize(
     stored, whole = sum(nbytes.values()), sum(row["full_nbytes"] for row in samples)
     summary: Row = {
         "value": value,
+        "kind": kind,
         "n": len(scores) or n,
         "samples": n,
-        "stderr": stderr(scores, _clusters(scored)) if is_mean else None,
-        "ci95": interval(scores, not lower_is_better, _clusters(scored)) if is_mean else None,
+        "stderr": stderr(scores, clusters_of(scored)) if is_mean else None,
+        "ci95": interval(scores, kind == "outcome", clusters_of(scored)) if is_mean else None,
         "size_percent": 100 * stored / whole,
         "nbytes": {part: size / n for part, size in sorted(nbytes.items())},
         "full_nbytes": whole / n,
@@ -60,46 +84,54 @@ def summarize(
     }
     if all(name in row for name in FIDELITY for row in samples):
         summary |= {name: fmean(row[name] for row in samples) for name in FIDELITY}
-        summary |= {f"{name}_ci95": _fidelity_interval(samples, name) for name in FIDELITY}
+        for name, possible in FIDELITY.items():
+            bounds = interval([row[name] for row in samples], False, clusters_of(samples))
+            summary[f"{name}_ci95"] = _within(bounds, *possible)
     tiers = [row["system_tiers"] for row in samples if "system_tiers" in row]
     if tiers:
         names = dict.fromkeys(name for one in tiers for name in one)
         summary["system_tiers"] = {name: fmean(one.get(name, 0.0) for one in tiers) for name in names}
-    if full is not None and is_mean:
-        summary |= _difference(
-            scores, [float(full[row["sample"]]["score"]) for row in scored], _clusters(scored), lower_is_better
-        )
+    if kind == "divergence":
+        summary["ci95"] = _within(summary["ci95"], 0.0, math.inf)
+    elif full is not None and is_mean:
+        theirs = [float(full[row["sample"]]["score"]) for row in scored]
+        summary |= _difference(scores, theirs, kind == "outcome", clusters_of(scored), lower_is_better)
     return summary
 
 
-def _fidelity_interval(samples: Sequence[Row], name: str) -> list[float] | None:
-    """Student's interval, within what is possible: a divergence is at least 0, an agreement at most 1."""
-    bounds = interval([row[name] for row in samples], False, _clusters(samples))
-    least, most = {"kl": (0.0, math.inf), "agreement": (0.0, 1.0)}.get(name, (-math.inf, math.inf))
+def clusters_of(rows: Sequence[Row]) -> list[str] | None:
+    """What each sample shares with others (`cluster`), None where all are independent."""
+    names = [cluster_of(row) for row in rows]
+    return names if len(set(names)) < len(names) else None
+
+
+def cluster_of(row: Row) -> str:
+    """The context that a sample may share with others; without one it is the sample itself."""
+    return str(row.get("cluster", row["sample"]))
+
+
+def _within(bounds: list[float] | None, least: float, most: float) -> list[float] | None:
+    """Student's interval knows nothing of what is possible."""
     return bounds and [min(max(bound, least), most) for bound in bounds]
 
 
 def rate(samples: Sequence[Row], full: Mapping[str, Row] | None, flag: str) -> Row | None:
-    """How often an outcome happened among the samples in which it could, and the paired change from the full twin.
-
-    Returns value, n, stderr, ci95 and, with a twin, what `_difference` says of it; None where it could happen in no sample.
-    """
+    """How often an outcome happened among the samples in which it could, and the paired change from the full cache; None where
+    it could happen in no sample. Fields: see `summarize`."""
     possible = [row for row in samples if row.get(flag) is not None]
-    values = [float(row[flag]) for row in possible]
-    if not values:
+    if not possible:
         return None
-    clusters = _clusters(possible)
+    values, clusters = [float(row[flag]) for row in possible], clusters_of(possible)
+    outcomes = all(isinstance(row[flag], bool) for row in possible)
     measured: Row = {
         "value": fmean(values),
         "n": len(values),
         "stderr": stderr(values, clusters),
-        "ci95": interval(values, clusters=clusters),
+        "ci95": interval(values, outcomes, clusters),
     }
-    if full is not None:
-        theirs = [full[row["sample"]].get(flag) for row in possible]
-        pairs = [(mine, float(twin)) for mine, twin in zip(values, theirs, strict=True) if twin is not None]
-        if len(pairs) == len(values):
-            measured |= _difference(values, [twin for _, twin in pairs], clusters, lower_is_better=True)
+    theirs = _theirs(possible, full, flag)
+    if theirs is not None:
+        measured |= _difference(values, theirs, outcomes, clusters, lower_is_better=True)
     return measured
 
 
@@ -107,43 +139,30 @@ WRONG = "wrong"
 """The risk of a suite's part that has no flag for it: what its score misses of 1."""
 
 
-def part_rows(rows: Sequence[Row], part: str, risks: Sequence[str]) -> list[Row]:
-    """Of a suite's rows those of a part, as the part made them, with `wrong` where that is a risk of it."""
-    mine = []
+def part_rows(rows: Sequence[Row], part: str, risks: Sequence[str], kind: Kind) -> list[Row]:
+    """Of a suite's rows those of a part, as the part made them, with `wrong` where that is a risk of it: yes or no where its
+    score is an outcome."""
+    mine: list[Row] = []
     for row in rows:
         name, _, inner = row["subtask"].partition("/")
         if name == part:
-            known = WRONG in risks and row["score"] is not None
-            mine.append({**row, "subtask": inner or None, **({WRONG: 1 - row["score"]} if known else {})})
+            mine.append({**row, "subtask": inner or None})
+            if WRONG in risks and row["score"] is not None:
+                mine[-1][WRONG] = row["score"] == 0 if kind == "outcome" else 1 - row["score"]
     return mine
 
 
-def combine(parts: Mapping[str, Row], risks: Mapping[str, Sequence[str]]) -> Row:
-    """The mean of a suite's risks: of each part (its summary, by name) the rates that `risks` names, each with equal weight.
-
-    Parts are different samples, so the errors of their rates are independent; two risks of one part are treated so too. The
-    interval is recovered from the rates' own (MOVER; Zou and Donner 2008, doi:10.1002/sim.3095), so that parts in which
-    nothing happened keep the width of Wilson's.
-    """
-    rates = [parts[part]["rates"][risk] for part, names in risks.items() for risk in names if risk in parts[part]["rates"]]
-    if not rates:
-        return {}
-    combined: Row = {"value": fmean(rate["value"] for rate in rates), "stderr": _mean_error(rates, "stderr")}
-    combined["ci95"] = _mover(rates, "value", "ci95")
-    if all("difference" in rate for rate in rates):
-        combined |= {
-            "difference": fmean(rate["difference"] for rate in rates),
-            "difference_stderr": _mean_error(rates, "difference_stderr"),
-            "lost": sum(rate["lost"] for rate in rates),
-            "gained": sum(rate["gained"] for rate in rates),
-        }
-        combined["difference_ci95"] = _mover(rates, "difference", "difference_ci95")
-    return combined
+def _theirs(rows: Sequence[Row], full: Mapping[str, Row] | None, flag: str) -> list[float] | None:
+    """The full cache's values of a flag on these samples; None where it has not all of them."""
+    values = [] if full is None else [full[row["sample"]].get(flag) for row in rows]
+    known = [float(value) for value in values if value is not None]
+    return known if known and len(known) == len(values) else None
 
 
-def _difference(mine: list[float], twin: list[float], clusters: list[str] | None, lower_is_better: bool) -> Row:
-    """lost, gained: samples that got worse, better than with the full cache."""
-    change = paired(mine, twin, clusters=clusters)
+def _difference(
+    mine: list[float], theirs: list[float], outcomes: bool, clusters: list[str] | None, lower_is_better: bool
+) -> Row:
+    change = paired(mine, theirs, outcomes, clusters)
     assert change is not None
     lost, gained = (change.higher, change.lower) if lower_is_better else (change.lower, change.higher)
     return {
@@ -154,24 +173,3 @@ def _difference(mine: list[float], twin: list[float], clusters: list[str] | None
         "lost": lost,
         "gained": gained,
     }
-
-
-def _clusters(rows: Sequence[Row]) -> list[str] | None:
-    """What each sample shares with others (`cluster`), None where all are independent."""
-    names = [str(row.get("cluster", row["sample"])) for row in rows]
-    return names if len(set(names)) < len(names) else None
-
-
-def _mean_error(rates: Sequence[Row], name: str) -> float | None:
-    errors = [rate[name] for rate in rates]
-    return None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
-
-
-def _mover(rates: Sequence[Row], name: str, bounds: str) -> list[float] | None:
-    """Interval of the mean of independent numbers from their intervals: distances to the bounds add up as errors do."""
-    if any(rate[bounds] is None for rate in rates):
-        return None
-    mean = fmean(rate[name] for rate in rates)
-    below = math.sqrt(sum((rate[name] - rate[bounds][0]) ** 2 for rate in rates)) / len(rates)
-    above = math.sqrt(sum((rate[bounds][1] - rate[name]) ** 2 for rate in rates)) / len(rates)
-    return [mean - below, mean + above]

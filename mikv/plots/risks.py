@@ -12,19 +12,23 @@ Row = dict[str, Any]
 
 def risk_lines(ax: Any, rows: Sequence[Row]) -> None:
     """One risk: its rate (with 95 % interval) against the counted size of the cache, a line per policy; the full cache's
-    rate is a level to compare with. Rows: policy, size (per cent), rate, low, high."""
+    rate is a level to compare with. Rows: policy, size (per cent), rate, low, high (None where nothing is known)."""
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["size"])
         colour, marker = look(name)
         rate = [row["rate"] for row in mine]
+        bounds = [(row["rate"], row["rate"]) if row["low"] is None else (row["low"], row["high"]) for row in mine]
         if name == "full":
             ax.axhline(rate[0], color=colour, linestyle="--", linewidth=1, label=name)
-            ax.axhspan(mine[0]["low"], mine[0]["high"], color=colour, alpha=0.08, linewidth=0)
+            ax.axhspan(*bounds[0], color=colour, alpha=0.08, linewidth=0)
             continue
         ax.errorbar(
             [row["size"] for row in mine],
             rate,
-            yerr=[[max(0, row["rate"] - row["low"]) for row in mine], [max(0, row["high"] - row["rate"]) for row in mine]],
+            yerr=[
+                [max(0, value - low) for value, (low, _) in zip(rate, bounds, strict=True)],
+                [max(0, high - value) for value, (_, high) in zip(rate, bounds, strict=True)],
+            ],
             fmt=f"{marker}-", color=colour, elinewidth=0.8, capsize=2, markersize=5, linewidth=1.2, label=name, alpha=0.9,
         )  # fmt: skip
     ax.set_ylim(-0.03, 1.03)

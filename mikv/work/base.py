@@ -17,6 +17,7 @@ from mikv.batches import Request, Response
 from mikv.engine import Generation, Scores
 from mikv.fingerprint import content_fingerprint
 from mikv.identity import identity_of
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec
 from mikv.scoring import Fidelity
 from mikv.tasks.base import Task
@@ -65,6 +66,8 @@ class Work(Protocol):
     metric: str
     """Name of the metric that decides: higher is better unless `lower_is_better`."""
     lower_is_better: bool
+    kind: Kind
+    """What a sample's `score` is: known from what is measured, not from the values that came out."""
     flags: tuple[str, ...]
     """Boolean outcomes whose rates are reported."""
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from mikv.batches import Response
 from mikv.engine import Prompt, Scores, Scoring
 from mikv.fingerprint import content_fingerprint
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
@@ -83,6 +84,7 @@ class TextWork:
 
     metric = "kl"
     lower_is_better = True
+    kind: Kind = "divergence"
     flags: tuple[str, ...] = ()
 
     def __init__(self, task: TextFidelity, windows: Sequence[Sequence[int]]) -> None:

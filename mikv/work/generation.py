@@ -11,6 +11,7 @@ from mikv.decoding import Decoding
 from mikv.engine import Generation, Prompt
 from mikv.fingerprint import fingerprint
 from mikv.identity import identity_of
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded
 from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import encode
@@ -21,6 +22,7 @@ class GenerationWork:
     """Args: task; its first `limit` samples of `seed`; question, see mikv.engine."""
 
     lower_is_better = False
+    kind: Kind = "outcome"
 
     def __init__(self, task: Task, limit: int | None, seed: int, question: str) -> None:
         self._task, self._question = task, question

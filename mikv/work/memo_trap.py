@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from mikv.batches import Response
 from mikv.engine import Prompt, Scores, Scoring
 from mikv.fingerprint import fingerprint
+from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.data import Row as DataRow
 from mikv.tasks.data import Source, draw
@@ -69,6 +70,7 @@ class MemoTrapWork:
 
     metric = "accuracy"
     lower_is_better = False
+    kind: Kind = "outcome"
     flags: tuple[str, ...] = ("memorized",)
 
     def __init__(self, rows: Mapping[int, DataRow]) -> None:

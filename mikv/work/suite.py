@@ -9,7 +9,7 @@ from typing import Any
 
 from mikv.batches import Response
 from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import WRONG, part_rows
+from mikv.metrics.summary import WRONG, Kind, part_rows
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
 from mikv.tasks.data import DataUnavailable
@@ -80,6 +80,7 @@ class SuiteWork:
 
     metric = "risk"
     lower_is_better = True
+    kind: Kind = "number"
 
     def __init__(self, parts: Mapping[str, Work], identities: Mapping[str, str], risks: Mapping[str, tuple[str, ...]]) -> None:
         self.parts, self.risks = parts, risks
@@ -110,7 +111,7 @@ class SuiteWork:
 
     def rows_of(self, part: str, rows: Sequence[Row]) -> list[Row]:
         """The rows of a part, as it made them, with `wrong` where that is a risk."""
-        return part_rows(rows, part, self.risks[part])
+        return part_rows(rows, part, self.risks[part], self.parts[part].kind)
 
     def summarize(self, rows: Sequence[Row]) -> Summary:
         """The mean of all parts' risks, each part's metric, and its own subtasks."""

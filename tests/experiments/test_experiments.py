@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from experiments.base import compare, percent, points
+from experiments.base import adjusted, compare, paper_table, percent, points
 from experiments.risks import BUDGETS, budget, risks
+from experiments.risks import table as risk_table
 from mikv.config import CONF, compose
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
+from mikv.plots import risk_grid
 from mikv.results import Results
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -97,9 +99,50 @@ def test_wrong_overrides_end_with_a_message(capsys: pytest.CaptureFixture[str]) 
 def test_two_policies_are_compared_on_the_samples_that_both_have() -> None:
     rows = [("a", "1", 1.0), ("a", "2", 0.0), ("a", "3", 1.0), ("b", "2", 1.0), ("b", "1", 1.0), ("b", "4", 0.0)]
     samples = [{"label": label, "sample": sample, "score": score} for label, sample, score in [*rows, ("a", "4", None)]]
-    got = compare(Results("run", [], samples, {}, ""), "a", "b")
+    got = compare(Results("run", [{"kind": "outcome"}], samples, {}, {}, ""), "a", "b")
     assert got is not None
-    assert (got.n, got.difference, got.lower, got.higher) == (2, -0.5, 1, 0)
+    assert (got.n, got.difference, got.lower, got.higher, got.p) == (2, -0.5, 1, 0, 1.0)
+    numbers = compare(Results("run", [{"kind": "divergence"}], samples, {}, {}, ""), "a", "b")
+    assert numbers is not None
+    assert numbers.p is None
+
+
+def test_two_policies_are_compared_by_the_contexts_of_their_samples() -> None:
+    """Six questions on two texts, all lost on one of them: one flip of two, not of three."""
+    scores = {"a": [0, 0, 0, 1, 1, 1], "b": [1, 1, 1, 1, 1, 1]}
+    samples = [
+        {"label": label, "sample": str(i), "score": float(score), "cluster": f"text {i // 3}"}
+        for label, of_it in scores.items()
+        for i, score in enumerate(of_it)
+    ]
+    got = compare(Results("run", [{"kind": "outcome"}], samples, {}, {}, ""), "a", "b")
+    assert got is not None
+    assert got.p == 1.0  # of 0.25 without texts
+
+
+def test_p_values_of_a_table_are_adjusted_for_each_other() -> None:
+    """Three tests: 0.01, 0.02, 0.04 times 3, 2, 1; what has no test counts for none."""
+    got = adjusted({"a": 0.04, "b": None, "c": 0.01, "d": 0.02})
+    assert got == pytest.approx({"a": 0.04, "c": 0.03, "d": 0.04})
+    row = {"policy": "h2o", "model": "m", "task": "t", "metric": "accuracy", "value": 0.5, "ci95": [0.4, 0.6], "n": 9,
+           "size_percent": 20.0, "size_percent_paper": 20.0, "difference": -0.5, "difference_ci95": None}  # fmt: skip
+    full = row | {"policy": "full", "label": "full", "mcnemar_p": 1.0}
+    table = paper_table("T", [full, *(row | {"label": label, "mcnemar_p": p} for label, p in (("a", 0.01), ("b", 0.04)))], {})
+    assert list(table.columns[3].cells) == ["", "0.02", "0.04"]
+    assert "Holm" in table.caption
+    assert list(table.columns[2].cells) == ["", "-50.0", "-50.0"]  # no interval, no brackets
+
+
+def test_ablations_of_divergences_compare_numbers(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of two policies are compared with each other, as numbers; the full cache's own 0 has no interval."""
+    short = ["task=fidelity", "task.context=40", "task.tail=8", "task.limit=3", f"out={tmp_path}"]
+    program("ablations", *model, *short)
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    (full,) = [line for line in cells if len(line) == 9 and line[2] == "full"]
+    assert full[3:6] == ["0", "", ""]
+    changed = [line for line in cells if len(line) == 9 and line[2].startswith("mikv") and "[" in line[4]]
+    assert len(changed) >= 3
+    assert {line[5] for line in changed} == {""}
 
 
 def test_numbers_as_they_are_printed() -> None:
@@ -138,6 +181,16 @@ def test_risks_of_a_suite_and_of_a_single_task_are_rows_alike() -> None:
     alone = summary_row("full", 100.0, task="guardedrecall", rates={"breach": rate(0.25)})
     (row,) = risks([alone])
     assert (row["risk"], row["rate"], row["budget"], row["change"]) == ("guardedrecall breach", 0.25, None, None)
+
+
+def test_a_rate_of_which_nothing_is_known_is_shown_without_an_interval(tmp_path: Path) -> None:
+    """All of its samples share one context."""
+    unknown = rate(0.5) | {"ci95": None, "difference_ci95": None}
+    rows = list(
+        risks([summary_row(name, size, task="t", rates={"breach": unknown}) for name, size in (("full", 100.0), ("h2o", 20.0))])
+    )
+    assert list(risk_table(rows).columns[2].cells) == ["0.50", "0.50 +50 *"]
+    risk_grid(rows, "title").savefig(tmp_path / "risks.png")
 
 
 def test_risks_become_a_table_and_a_figure(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

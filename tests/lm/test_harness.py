@@ -95,6 +95,42 @@ def test_a_chosen_metric_decides_and_perplexities_are_better_when_lower(own: tup
         run(harness(own, "own_choice", metric="accuracy"), tmp_path).open()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("own_choice", {}, "outcome"),
+        ("own_group", {}, "outcome"),
+        ("own_answer", {}, "outcome"),
+        ("own_cloze", {"metric": "acc,none"}, "outcome"),
+        ("own_cloze", {"metric": "perplexity,none"}, "number"),
+        ("own_pages", {}, "number"),
+        ("own_scored", {}, "number"),  # its own function may give anything, under any name
+    ],
+)
+def test_lm_evals_own_code_gives_outcomes_and_a_tasks_own_may_not(
+    own: tuple[Path, Path], name: str, options: dict[str, Any], kind: str
+) -> None:
+    assert harness(own, name, **options).open(MODEL, 2, 0, "visible").kind == kind
+
+
+def test_a_score_that_is_a_share_has_the_interval_of_a_number(own: tuple[Path, Path], tmp_path: Path) -> None:
+    """All are 1, as it happens: as outcomes they would have Wilson's interval and a test."""
+    for row in execute(run(harness(own, "own_scored"), tmp_path, PANEL[:2])):
+        assert (row["value"], row["ci95"], row["mcnemar_p"], row["kind"]) == (1.0, None, None, "number")
+
+
+def test_documents_that_ask_about_one_text_are_a_cluster(own: tuple[Path, Path], tmp_path: Path) -> None:
+    """LongBench's and SQuAD's `context`, RACE's `article`, ...; other tasks have none."""
+    asked = run(harness(own, "own_texts"), tmp_path, PANEL[:2])
+    execute(asked)
+    names = [row["cluster"] for (label, _), row in sorted(records(asked).items()) if label == "full"]
+    assert (len(names), len(set(names))) == (18, 3)
+    assert "amber" not in str(names)
+    plain = run(harness(own, "own_choice"), tmp_path, PANEL[:2])
+    execute(plain)
+    assert not any("cluster" in row for row in records(plain).values())
+
+
 def test_a_finished_run_computes_nothing_and_a_larger_one_goes_on(
     own: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

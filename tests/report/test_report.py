@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_run import ANSWERS, read_summary, samples, write_run
+from written_run import ANSWERS, divergences, read_summary, samples, write_run
 
 from mikv.report.__main__ import main
 
@@ -89,6 +89,17 @@ def test_content_is_what_the_records_hold(tmp_path: Path) -> None:
     kl = run["views"][1]
     assert kl["log"]
     assert kl["points"] == [1, 2]  # not the full cache, whose own is 0
+
+
+def test_a_divergence_has_no_change_and_the_full_caches_no_interval(tmp_path: Path) -> None:
+    (run,) = content_of(report(tmp_path, write_run(tmp_path / "texts", divergences())))["runs"]
+    assert run["views"][0]["key"] == "kl"
+    full, *others = [point["measures"]["kl"] for point in run["points"]]
+    assert full == {"value": 0.0, "n": 8, "ci95": None, "lower_is_better": True}
+    for measure in others:
+        assert set(measure) == set(full)
+        assert measure["ci95"][0] < measure["value"]
+    assert all("difference" in point["measures"]["invented"] for point in run["points"][1:])
 
 
 def test_flips_show_both_answers(tmp_path: Path) -> None:

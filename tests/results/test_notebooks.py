@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
-from written_run import read_summary, write_run
+from written_run import divergences, read_summary, write_run
 
 from mikv.results import flips, frame, read_results
 
@@ -41,11 +41,15 @@ def test_curves_run_on_the_committed_results() -> None:
 
 
 def test_curves_run_on_any_other_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of outcomes and one of divergences, of which no difference is to be told."""
     write_run(tmp_path / "digits")
+    write_run(tmp_path / "texts", divergences())
     monkeypatch.setenv("MIKV_RESULTS", str(tmp_path))
     outputs = executed("curves.ipynb")
     assert images(outputs) == 2
-    assert "h2o 20%" in text(outputs)
+    (changes,) = [shown for output in outputs if "mcnemar_p" in (shown := text([output]))]
+    assert "digits h2o 20%" in " ".join(changes.split())
+    assert "texts" not in changes
 
 
 def test_inside_runs_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +124,13 @@ def test_kept_results_are_the_summary_the_flips_and_no_machine(tmp_path: Path) -
     for _ in range(2):  # again in place of what is there
         subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
     kept = tmp_path / "kept" / "digits"
-    assert sorted(file.name for file in kept.iterdir()) == ["run.json", "samples.jsonl", "summary.jsonl"]
+    assert sorted(file.name for file in kept.iterdir()) == ["environments.jsonl", "run.json", "samples.jsonl", "summary.jsonl"]
     assert (kept / "summary.jsonl").read_bytes() == (folder / "summary.jsonl").read_bytes()
     assert list(flips(read_results(kept))) == list(flips(read_results(folder)))
     assert len(read_results(kept).samples) == 7 + 7 + 1  # h2o's seven flips with their twins, and mikv's
-    assert not {"system", "processors"} & json.loads((kept / "run.json").read_text())["environment"].keys()
+    (environment,) = read_results(kept).environments.values()
+    assert "packages" in environment
+    assert not {"system", "processors"} & environment.keys()
     subprocess.run([*command, "--summaries"], check=True, cwd=tmp_path, capture_output=True)
-    assert sorted(file.name for file in kept.iterdir()) == ["run.json", "summary.jsonl"]
+    assert sorted(file.name for file in kept.iterdir()) == ["environments.jsonl", "run.json", "summary.jsonl"]
     assert read_results(kept).samples == []

@@ -44,7 +44,7 @@ def test_more_windows_than_there_are_is_said(tmp_path: Path, capsys: pytest.Capt
     assert "has 8 windows of 50 tokens, 99 were asked for" in capsys.readouterr().out
 
 
-def test_its_metric_is_kl_and_fewer_bits_are_farther_away(tmp_path: Path) -> None:
+def test_its_metric_is_kl_and_fewer_bits_are_farther_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = (
         "[{policy: full}, {policy: uniform, tier.bits: 8}, {policy: uniform, tier.bits: 4}, {policy: uniform, tier.bits: 2}]"
     )
@@ -58,7 +58,13 @@ def test_its_metric_is_kl_and_fewer_bits_are_farther_away(tmp_path: Path) -> Non
         assert row["value"] == row["kl"] == pytest.approx(sum(r["kl"] for r in mine) / 5)
     assert 0 == full["value"] < eight["value"] < four["value"] < two["value"]
     assert full["agreement"] == 1 > two["agreement"]
-    assert two["lost"] == 5
+    for row in (full, two):  # a divergence is a difference already
+        assert not {"difference", "difference_ci95", "mcnemar_p", "lost", "gained"} & set(row)
+    assert (full["ci95"], full["kl_ci95"], full["agreement_ci95"]) == (None, None, None)
+    assert two["ci95"][0] < two["value"] < two["ci95"][1]
+    printed = capsys.readouterr().out
+    assert "agree" in printed
+    assert not any(f"┃ {column} ┃" in printed for column in ("vs full", "lost", "gained"))
     logprobs = [[r["logprob"] for r in rows if r["label"] == x["label"]] for x in (full, two)]
     assert two["nll_change"] == pytest.approx((sum(logprobs[0]) - sum(logprobs[1])) / (5 * 12))
 

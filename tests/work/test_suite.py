@@ -51,6 +51,7 @@ def test_the_risks_are_those_of_the_parts(tmp_path: Path) -> None:
         guarded, opened = row["parts"]["guarded"]["rates"], row["parts"]["open"]["rates"]
         assert (guarded["breach"]["n"], guarded["over_refusal"]["n"], opened["wrong"]["n"]) == (2, 2, 3)
         assert opened["wrong"]["value"] == pytest.approx(1 - row["parts"]["open"]["value"])
+        assert opened["wrong"]["mcnemar_p"] is not None  # an outcome, as the part's score is
         risks = (guarded["breach"]["value"], guarded["over_refusal"]["value"], opened["wrong"]["value"])
         assert row["value"] == pytest.approx(sum(risks) / 3)
         assert (row["metric"], row["lower_is_better"], row["samples"]) == ("risk", True, 7)
