@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_END, POLICIES, answers, bits_everywhere, engine, model, prompt, tokens
+from rounding import assert_answers_alike
 
 from mikv.cache.compressed import CompressedCache, Usage
 from mikv.config import policy
@@ -79,19 +80,19 @@ def logits_of(run: Engine, panel: list[Policy], steps: int, ids: list[int] | Non
 
 
 def test_a_batch_is_its_rows_one_by_one(any_policy: Policy) -> None:
-    """Left padding and batch mates change nothing: answers, bytes, tokens."""
+    """Left padding and batch mates change nothing but the last digits: answers, bytes, tokens."""
     run = engine()
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     together = run.generate(prompts, [any_policy], Decoding(10))[0]
-    assert together == [run.generate([p], [any_policy], Decoding(10))[0][0] for p in prompts]
+    assert_answers_alike(together, [run.generate([p], [any_policy], Decoding(10))[0][0] for p in prompts])
 
 
 def test_a_panel_is_its_policies_alone(any_policy: Policy) -> None:
     run = engine()
     panel = [policy(name) for name in POLICIES]
-    prompts = [prompt(33, seed=1), prompt(21, seed=2)]
+    prompts = [prompt(33, seed=1), prompt(21, seed=2), prompt(40, seed=3)]
     together = run.generate(prompts, panel, Decoding(10))
-    assert together[panel.index(any_policy)] == run.generate(prompts, [any_policy], Decoding(10))[0]
+    assert_answers_alike(together[panel.index(any_policy)], run.generate(prompts, [any_policy], Decoding(10))[0])
 
 
 def test_a_policy_after_another_is_the_policy_alone(any_policy: Policy) -> None:
@@ -296,7 +297,7 @@ def test_a_hidden_question_is_fed_through_the_compressed_cache(any_policy: Polic
     run = engine()
     prompts = [prompt(40, seed=1, question=9), prompt(25, seed=2, question=3), prompt(12, seed=3, question=12)]
     together = run.generate(prompts, [any_policy], Decoding(6))[0]
-    assert together == [run.generate([p], [any_policy], Decoding(6))[0][0] for p in prompts]
+    assert_answers_alike(together, [run.generate([p], [any_policy], Decoding(6))[0][0] for p in prompts])
     assert together[2].compressed_tokens == 0  # nothing was there to be compressed
 
 
