@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mikv.config import compose
+from mikv.assignment import assign
+from mikv.config import compose, policy
+from mikv.engine import Engine
+from mikv.importance.scores import ColumnSums
+from mikv.models.load import load
 from mikv.runner import execute
+from mikv.tasks.prompting import encode
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,7 +59,7 @@ def test_kernels_answer_from_a_real_cache_as_the_dense_copy_does(tmp_path: Path)
     assert [row["nbytes"] for row in dense] == [row["nbytes"] for row in read]
     for mine, other in zip(dense, read, strict=True):
         assert mine["value"] == other["value"]
-        assert mine["kl"] == pytest.approx(other["kl"], abs=1e-3)
+        assert mine["kl"] == pytest.approx(other["kl"], abs=0.01)  # a flipped code; eviction alone is at 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton exists for Linux only")
@@ -72,3 +79,24 @@ def test_a_run_that_needs_kernels_which_are_wrong_here_is_refused(tmp_path: Path
     with pytest.raises(KernelsDisagree, match="attention=reference"):
         execute(run)
     assert not (run.folder() / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(("dtype", "scores_apart", "tiers_alike"), [("float32", 1e-3, 0.999), ("bfloat16", 0.1, 0.98)])
+def test_a_batch_moves_scores_and_tiers_by_rounding_alone(dtype: str, scores_apart: float, tiers_alike: float) -> None:
+    """Prompts of other lengths beside it, padding on the left: matrices of other shapes, and a few tokens at the border of a
+    budget may change their tier. What is seen on one processor is far less (1.5e-5, all tiers alike)."""
+    loaded = load(replace(compose("model=smollm2-135m").model, dtype=dtype))
+    engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0)
+    tasks = [compose("model=smollm2-135m", f"task.lines={lines}", "task.limit=1").task for lines in (4, 8, 12)]
+    contexts = [encode(loaded.tokenizer, task.samples(1, 0)[0], "visible")[0] for task in tasks]
+    chosen, observer = policy("mikv"), ColumnSums()
+    together = engine.prefill(contexts, {observer})
+    for b, context in enumerate(contexts):
+        alone, padding = engine.prefill([context], {observer}), together.lengths.width - len(context)
+        found = [together.banks[0].observed[observer][:, b, :, padding:], alone.banks[0].observed[observer][:, 0]]
+        assert ((found[0] - found[1]).abs() / (found[1] + 0.01)).max() < scores_apart
+        positions, seen = torch.arange(len(context)).expand(found[0].shape)[:, None], torch.tensor([len(context)])
+        tiers = [assign(chosen, scores[:, None], positions, seen, seen) for scores in found]
+        assert (tiers[0] == tiers[1]).float().mean() >= tiers_alike
+        keys = [together.banks[0].keys[:, b, :, padding:].float(), alone.banks[0].keys[:, 0].float()]
+        assert (keys[0] - keys[1]).norm() / keys[1].norm() < (1e-5 if dtype == "float32" else 2e-2)
