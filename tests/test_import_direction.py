@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.results": ("mikv.records",),
     "mikv.tracking": ("mikv.results", "mikv.records", "mikv.fingerprint"),
     "mikv.report": ("mikv.results", "mikv.records", "mikv.metrics", "mikv.plots", "mikv.report"),
-    "mikv.table": (),
+    "mikv.columns": (),
+    "mikv.table": ("mikv.columns",),
     "mikv.runner": (
         *("mikv.batches", "mikv.engine", "mikv.models", "mikv.policy", "mikv.types", "mikv.fingerprint"),
         "mikv.cache.reading",
