@@ -34,8 +34,8 @@ def main(config: DictConfig) -> None:
     context = HydraConfig.get()
     chosen = [override.split("=")[0] for override in context.overrides.task]
     swept = context.mode == RunMode.MULTIRUN
-    job = SweepFolder(Path(context.sweep.dir)).job(context.job.num) if swept else None
-    with noted(job, OmegaConf.to_yaml(config)) if job else nullcontext(lambda _: None) as note_folder, explained():
+    job = noted(SweepFolder(Path(context.sweep.dir)), context.job.num, OmegaConf.to_yaml(config)) if swept else None
+    with job or nullcontext(lambda _: None) as note_folder, explained():
         if "launcher" in chosen and not swept:
             raise ValueError("launcher=... launches sweeps: add -m (one run is a sweep too)")
         run, mirror = build(config, chosen), tracker(config)

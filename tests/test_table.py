@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from written_run import read_summary, write_run
 
 from mikv.columns import aligned, number, two_digits, with_intervals
+from mikv.sweep.folder import Outcome, SweepFolder, note_outcome
+from mikv.sweep.overview import print_overview
+from mikv.sweep.status import status
 from mikv.table import print_table
 
 Row = dict[str, Any]
@@ -185,3 +191,56 @@ def test_decimal_points_stand_below_each_other() -> None:
         *("0.00", "0.0031", "0.50", "1.00", "4.8", "10", "123", "3.0e-08")
     ]  # fmt: skip
     assert [number(value) for value in (0, 0.0031, 0.00996, 0.5, 1234.5)] == ["0.000", "0.0031", "0.010", "0.500", "1234"]
+
+
+# --- of a sweep ---
+
+
+def test_a_sweep_is_one_table_with_a_row_per_job_and_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = SweepFolder(tmp_path / "sweep")
+    jobs = [["task=digits", f"policy={p}", f"name=[red]{n}"] for p in ("a", "b") for n in ("x", "y")]
+    sweep.plan([], jobs)
+    for number_of_job, name in ((0, "first"), (2, "third")):
+        run = write_run(tmp_path / name)
+        note_outcome(sweep.job(number_of_job), Outcome("finished", "h", 1, 0.0, folder=str(run)))
+    note_outcome(sweep.job(1), Outcome("failed", "h", 1, 0.0, "why"))
+    for columns in (80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        print_overview(sweep, status(sweep))
+        text = capsys.readouterr().out
+        assert max(map(cell_len, text.splitlines())) <= columns
+        assert "4 jobs · tiny · digits · n = 8 · question visible" in text
+        body = cells(text)
+        assert [line[0] for line in body if line[0]] == ["0", "1", "2", "3"]
+        assert [line[4] for line in body if line[4]] == ["finished", "failed", "finished", "missing"]
+        assert " ".join(" ".join(line[1] for line in body).split()) == " ".join(" ".join(job[1:]) for job in jobs)
+        values = [(line[2], line[3], line[5]) for line in body if line[3]]
+        assert values == 2 * [
+            ("full", "0.875 [0.53, 0.98]", "100.0"),
+            ("h2o 20%", "0.250 [0.07, 0.59]", "20.0"),
+            ("mikv 20% 8/3", "0.750 [0.41, 0.93]", "33.0"),
+        ]
+
+
+def test_jobs_of_different_metrics_say_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    sweep = SweepFolder(tmp_path / "sweep")
+    sweep.plan([], [["task=a"], ["task=b"]])
+    for job, metric in ((0, "accuracy"), (1, "word_perplexity")):
+        run = write_run(tmp_path / metric)
+        rows = [one | {"metric": metric} for one in read_summary(run)]
+        (run / "summary.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        note_outcome(sweep.job(job), Outcome("finished", "h", 1, 0.0, folder=str(run)))
+    print_overview(sweep, status(sweep))
+    assert [line[3] for line in cells(capsys.readouterr().out)] == [*["accuracy"] * 3, *["word perplexity"] * 3]
+
+
+def test_nothing_is_shown_of_a_sweep_in_which_nothing_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["a=1"]])
+    print_overview(sweep, status(sweep))
+    assert capsys.readouterr().out == ""
