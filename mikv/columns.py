@@ -1,6 +1,6 @@
 """Tables that fit the terminal: numbers as text, aligned, and the columns for which there is room.
 
-No cell is cut and no number is folded: where there is no room, whole columns are left out, the least important ones first.
+No cell is cut and no number is folded: from the first column on for which there is no room, columns are left out.
 Names are folded over lines. Nothing in a name is read as rich's markup.
 """
 
@@ -124,14 +124,15 @@ def fitted(
     chosen: list[tuple[Column, Sequence[str], int]] = []
     for column in columns:
         heads = ([column.name],) * (len(column.name) <= _SHORT_HEAD) + (column.name.split(),)
-        for cells, head in product(filter(None, (column.cells, column.short)), heads):
-            wide = max(map(cell_len, [*head, *cells]))
-            if wide + _BORDER <= room:
-                chosen.append((column, cells, wide))
-                room -= wide + _BORDER
-                break
+        variants = product(filter(None, (column.cells, column.short)), heads)
+        widths_of = [(cells, max(map(cell_len, [*head, *cells]))) for cells, head in variants]
+        fitting = next(((cells, wide) for cells, wide in widths_of if wide + _BORDER <= room), None)
+        if fitting is None:
+            break
+        chosen.append((column, *fitting))
+        room -= fitting[1] + _BORDER
     for name, cells in names.items():  # what is left
-        more = min(room, max(map(cell_len, [name, *cells])) - widths[name])
+        more = max(0, min(room, max(map(cell_len, [name, *cells])) - widths[name]))
         widths[name] += more
         room -= more
 
@@ -144,10 +145,8 @@ def fitted(
     for row in range(len(next(iter(names.values())))):
         cells_of_row = [cells[row] for cells in names.values()] + [cells[row].rjust(wide) for _, cells, wide in chosen]
         table.add_row(*map(Text, cells_of_row), end_section=row in sections)
-    shown = {column.name: cells for column, cells, _ in chosen}
-    left_out = [column.name for column in columns if column.name not in shown]
-    shortened = [f"intervals of {column.name}" for column in columns if shown.get(column.name) not in (None, column.cells)]
-    return table, list(shown), shortened + left_out
+    shortened = [f"intervals of {column.name}" for column, cells, _ in chosen if cells is not column.cells]
+    return table, [column.name for column, _, _ in chosen], shortened + [column.name for column in columns[len(chosen) :]]
 
 
 def _folded_width(texts: Sequence[str], wanted: int) -> int:
@@ -156,6 +155,6 @@ def _folded_width(texts: Sequence[str], wanted: int) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    needed, console = max(map(cell_len, texts)), Console()
-    two_lines = next(w for w in range(1, needed + 1) if all(len(Text(text).wrap(console, w)) <= 2 for text in texts))
+    needed, console, different = max(map(cell_len, texts)), Console(), set(texts)
+    two_lines = next(w for w in range(1, needed + 1) if all(len(Text(text).wrap(console, w)) <= 2 for text in different))
     return min(needed, max(wanted, two_lines))

@@ -67,7 +67,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
 def value_column(name: str, rows: Sequence[Row | None]) -> Column:
     """The metric with its interval. None: a row that has none."""
     texts = ["" if row is None else number(row["value"]) for row in rows]
-    bounds = [None if row is None else row["ci95"] for row in rows]
+    bounds = [None if row is None else row.get("ci95") for row in rows]
     return Column(name.replace("_", " "), with_intervals(texts, bounds), aligned(texts))
 
 
@@ -119,10 +119,9 @@ def _print_parts(title: str, labels: Mapping[str, Sequence[str]], columns: Seque
     """All columns in their order, in as many tables as it takes."""
     out = console()
     while columns:
-        _, _, left_out = fitted(title, labels, columns, out.width)
-        here = max(1, [column.name for column in columns].index(left_out[0])) if left_out else len(columns)
-        out.print(fitted(title, labels, columns[:here], out.width)[0])
-        columns = columns[here:]
+        table, shown, _ = fitted(title, labels, columns, out.width)
+        out.print(table)
+        columns = columns[max(1, len(shown)) :]
 
 
 def _percent(share: float) -> str:

@@ -109,6 +109,16 @@ def test_columns_are_left_out_from_the_least_important_one_and_nothing_is_cut(
     assert ("agree: share" in note) == ("agree" not in left_out)
 
 
+def test_in_a_very_narrow_terminal_there_is_still_the_metric(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(ROWS, 44, capsys, monkeypatch)
+    assert max(map(cell_len, text.splitlines())) <= 44
+    assert names(text) == " ".join(LABELS)
+    assert [line[1] for line in cells(text) if line[1]] == ["1.000", "0.000", "0.290", "0.930"]
+    assert "intervals of accuracy, size %, vs full, kl" in " ".join(text.split())
+
+
 def test_the_title_says_what_was_asked_of_which_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +220,8 @@ def test_a_sweep_is_one_table_with_a_row_per_job_and_policy(
         monkeypatch.setenv("COLUMNS", str(columns))
         print_overview(sweep, status(sweep))
         text = capsys.readouterr().out
-        assert max(map(cell_len, text.splitlines())) <= columns
+        assert max(cell_len(line) for line in text.splitlines() if line[:1] in "┏┃┡│├└[") <= columns
+        assert text.index("   3  missing") < text.index("┏") < text.index("4 jobs: 2 finished, 1 failed, 1 missing")
         assert "4 jobs · tiny · digits · n = 8 · question visible" in text
         body = cells(text)
         assert [line[0] for line in body if line[0]] == ["0", "1", "2", "3"]
@@ -239,8 +250,10 @@ def test_jobs_of_different_metrics_say_which(
     assert [line[3] for line in cells(capsys.readouterr().out)] == [*["accuracy"] * 3, *["word perplexity"] * 3]
 
 
-def test_nothing_is_shown_of_a_sweep_in_which_nothing_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_table_of_a_sweep_in_which_nothing_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = SweepFolder(tmp_path)
     sweep.plan([], [["a=1"]])
     print_overview(sweep, status(sweep))
-    assert capsys.readouterr().out == ""
+    text = capsys.readouterr().out
+    assert "1 jobs: 1 missing" in text
+    assert "│" not in text

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mikv.sweep.folder import SweepError, SweepFolder
 from mikv.sweep.overview import print_overview
-from mikv.sweep.status import TO_DO, print_status, status
+from mikv.sweep.status import TO_DO, status
 
 RUN = Path(__file__).parents[2] / "run.py"
 
@@ -27,10 +27,9 @@ def main() -> int:
         jobs = status(sweep)
         if asked.what == "status":
             print_overview(sweep, jobs)
-            print_status(sweep, jobs)
             return 0
         if not any(job.state in TO_DO for job in jobs):
-            print_status(sweep, jobs)
+            print_overview(sweep, jobs)
             print("nothing to submit: all jobs are finished, at work or waiting")
             return 0
         changed = {_key(override) for override in (*asked.override, "hydra.sweep.dir")}

@@ -25,13 +25,13 @@ from mikv.stopping import Stopped
 from mikv.sweep.folder import SweepError, SweepFolder
 from mikv.sweep.launchers import Launcher, Task
 from mikv.sweep.overview import print_overview
-from mikv.sweep.status import TO_DO, print_status, status
+from mikv.sweep.status import TO_DO, status
 
 ROOT = Path(__file__).parents[2]
 
 
 def launch(context: Any, function: Any, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
-    """Launch what of the jobs is failed or missing: of a new sweep all, of one that is launched again the rest.
+    """Launch what of the jobs is not finished or at work: of a new sweep all, of one that is launched again the rest.
 
     Args:
         context, function: of Hydra's launcher plugin.
@@ -58,14 +58,13 @@ def launch(context: Any, function: Any, config: DictConfig, jobs: Sequence[Seque
             tasks = _tasks(context, function, config, {number: list(jobs[number]) for number in todo})
             code = _launched(launcher, sweep, tasks)
         ended = status(sweep)
+        if launcher.waits:
+            print_overview(sweep, ended)
     except (ConfigError, SweepError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if launcher.waits:
-        print_overview(sweep, ended)
-        print_status(sweep, ended)
-        if code or any(job.state != "finished" for job in ended):
-            raise SystemExit(code or 1)
+    if launcher.waits and (code or any(job.state != "finished" for job in ended)):
+        raise SystemExit(code or 1)
 
 
 def _launched(launcher: Launcher, sweep: SweepFolder, tasks: Sequence[Task]) -> int:

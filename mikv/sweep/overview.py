@@ -1,4 +1,4 @@
-"""One table of what came out of a sweep: a row per job and policy."""
+"""What is said of a sweep that has ended, or is under way: what became of each job, and one table of what came out."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import Any
 
 from mikv.columns import Column, aligned, console, fitted
 from mikv.sweep.folder import SweepError, SweepFolder
-from mikv.sweep.status import Job
+from mikv.sweep.status import Job, print_count, print_jobs
 from mikv.table import value_column
 
 Row = dict[str, Any]
 
 
 def print_overview(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
-    """The finished jobs' summaries and the other jobs' states; nothing where no job is finished.
+    """The jobs' states, a table with a row per job and policy as soon as a job is finished, and what to do.
 
     Raises:
         SweepError: a summary can't be read.
     """
+    print_jobs(sweep, jobs)
+    if any(job.state == "finished" for job in jobs):
+        _print_table(sweep, jobs)
+    print_count(sweep, jobs)
+
+
+def _print_table(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
     from rich.text import Text
 
-    if not any(job.state == "finished" for job in jobs):
-        return
     rows: list[tuple[Job, Row | None]] = []
     for job in jobs:
         rows += [(job, row) for row in _summary(sweep, job)] or [(job, None)]

@@ -104,14 +104,18 @@ def _silent(submitted: Submitted | None, what: str) -> str:
     return f"{what}; its log ends: {lines[-1][:160]}" if lines else what
 
 
-def print_status(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
-    """A line per job, the reasons of failures, and what to do."""
+def print_jobs(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
+    """A line per job, and the reasons of failures."""
     for job, own in zip(jobs, sweep.differences(), strict=True):
         print(f"{job.number:>4}  {job.state:<9} {' '.join(own)}")
         if job.reason:
             print("\n".join(f"                {line}" for line in job.reason.splitlines()))
         if job.state == "failed" and job.log:
             print(f"                {job.log}")
+
+
+def print_count(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
+    """How many jobs there are of each state, and what to do."""
     count = Counter(job.state for job in jobs)
     print(f"{len(jobs)} jobs: " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state]))
     if any(count[state] for state in TO_DO):
