@@ -109,6 +109,18 @@ def test_columns_are_left_out_from_the_least_important_one_and_nothing_is_cut(
     assert ("agree: share" in note) == ("agree" not in left_out)
 
 
+def test_no_column_stands_where_a_more_important_one_has_no_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lost` without `gained` beside it would be misread."""
+    rows = [row("full", 1.0), row("other", 0.5)]
+    whole = cells(printed(rows, 160, capsys, monkeypatch))[1]
+    assert len(whole) == 12
+    for columns in range(44, 160):
+        shown = cells(printed(rows, columns, capsys, monkeypatch))[1]
+        assert all(cell.startswith(short) for short, cell in zip(shown, whole, strict=False)), columns
+
+
 def test_in_a_very_narrow_terminal_there_is_still_the_metric(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
