@@ -46,7 +46,7 @@ def _noted(config: DictConfig, context: Any) -> AbstractContextManager[Callable[
     from mikv.sweep.folder import SweepFolder
     from mikv.sweep.job import noted
 
-    return noted(SweepFolder(Path(context.sweep.dir)).job(context.job.num), OmegaConf.to_yaml(config))
+    return noted(SweepFolder(Path(context.sweep.dir)), context.job.num, OmegaConf.to_yaml(config))
 
 
 def check(arguments: list[str]) -> None:

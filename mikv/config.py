@@ -142,9 +142,10 @@ def _check_exists(override: Override, defaults: DictConfig) -> None:
     name = override.key_or_group
     parent, dot, last = name.rpartition(".")
     options = OmegaConf.select(defaults, parent) if parent else defaults
-    known = [str(key) for key in options if key != "_target_"] if isinstance(options, DictConfig) else []
-    if last in known or (override.is_add() and dot):
+    every = [str(key) for key in options] if isinstance(options, DictConfig) else []
+    if last in every or (override.is_add() and dot):
         return
+    known = [key for key in every if key != "_target_"]
     there = f"; {parent or 'a run'} has {', '.join(known)}" if known else ""
     found = near(last, known).replace("did you mean ", f"did you mean {parent}{dot}")
     raise ConfigError(f"there is no option {name}{found}{there}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
 from mikv.tasks.base import Sample
 from mikv.tasks.lines import LineRecall
 
-SECONDS = {3: 0.54, 4: 0.14, 5: 0.07}
-"""What judging a sample takes, by task.lines."""
+SECONDS = {3: 0.54, 4: 0.14, 5: 0.07} if os.environ.get("SLOW_LINES") != "0" else {}
+"""What judging a sample takes, by task.lines; nothing with SLOW_LINES=0."""
 
 
 @dataclass(frozen=True)

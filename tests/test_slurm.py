@@ -76,7 +76,9 @@ def wait_for_end(sweep: Path, *wanted: str) -> None:
 
     def ended() -> bool:
         found = states(sweep)
-        wrong = any(state in ("failed", "missing") and state != want for state, want in zip(found, wanted, strict=True))
+        wrong = any(
+            state in ("stopped", "failed", "missing") and state != want for state, want in zip(found, wanted, strict=True)
+        )
         assert not wrong, run("-m", "mikv.sweep", "status", str(sweep))
         return found == list(wanted)
 
@@ -114,14 +116,14 @@ def test_a_sweep_with_a_failure_a_time_limit_and_a_cancelled_job(tmp_path: Path,
 
     wait(lambda: begun(sweep, 2))
     subprocess.run(["scancel", job_id(sweep, 2)], check=True, timeout=60)
-    wait(lambda: states(sweep)[2:] == ["failed", "failed"], 60)
+    wait(lambda: states(sweep)[2:] == ["stopped", "failed"], 60)
     told = run("-m", "mikv.sweep", "status", str(sweep))
     assert re.search(r"CANCELLED: stopped by SIG\w+ after a finished batch", told), told
     assert "100 of 100 samples can't be asked of tiny-random" in told
     cancelled = samples(sweep, 2).read_text()
     assert cancelled.endswith("\n")
 
-    wait_for_end(sweep, "finished", "finished", "failed", "failed")
+    wait_for_end(sweep, "finished", "finished", "stopped", "failed")
     assert "this job is timed-out" in log(sweep, 1)
     assert "Requeued job" in log(sweep, 1)
     assert "going on, " in log(sweep, 1)

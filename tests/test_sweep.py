@@ -10,17 +10,26 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
+from joblib import cpu_count
 
 from mikv.config import CONF
+from mikv.stopping import Stopped, Stopping
 from mikv.sweep import queue
+from mikv.sweep.__main__ import main as rerun
 from mikv.sweep.folder import Outcome, Submitted, SweepError, SweepFolder, note_outcome
 from mikv.sweep.job import noted
-from mikv.sweep.launchers import Local, Slurm
+from mikv.sweep.launchers import Basic, Local, Slurm, Task
+from mikv.sweep.process import JobProcess
 from mikv.sweep.status import status
 
 TINY = ["model=tiny-random", "task.limit=4", "task.max_new_tokens=4", "model.max_tokens=1500"]
@@ -90,9 +99,11 @@ def test_local_jobs_run_at_once_and_one_that_is_killed_is_found_dead(tmp_path: P
 
 def test_an_unknown_error_is_a_failure_with_its_traceback_in_the_log(tmp_path: Path) -> None:
     """Hydra hands errors back as values; the job would pass for completed."""
-    with pytest.raises(SystemExit, match="1"), noted(tmp_path, "a: 1\n"):
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["a=1"]])
+    with pytest.raises(SystemExit, match="1"), noted(sweep, 0, "a: 1\n"):
         raise KeyError("what")
-    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    outcome = json.loads((tmp_path / "jobs" / "0" / "outcome.json").read_text())
     assert (outcome["state"], outcome["reason"]) == ("failed", "KeyError: 'what'")
 
 
@@ -101,9 +112,11 @@ def test_a_job_that_submitit_requeued_while_nobody_heeded_the_signal_has_not_fai
     tmp_path: Path, code: int, state: str
 ) -> None:
     """A time limit while weights are loaded or a plot is drawn: submitit's handler leaves with -1, and the job comes again."""
-    with pytest.raises(SystemExit), noted(tmp_path, "a: 1\n"):
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["a=1"]])
+    with pytest.raises(SystemExit), noted(sweep, 0, "a: 1\n"):
         raise SystemExit(code)
-    assert json.loads((tmp_path / "outcome.json").read_text())["state"] == state
+    assert json.loads((tmp_path / "jobs" / "0" / "outcome.json").read_text())["state"] == state
 
 
 def test_a_launcher_without_a_sweep_is_refused() -> None:
@@ -121,6 +134,205 @@ def test_the_folder_of_other_jobs_is_refused(tmp_path: Path) -> None:
     assert SweepFolder(tmp_path).command() == ["-m", "a=1,2"]
     with pytest.raises(SweepError, match="a sweep of other jobs"):
         SweepFolder(tmp_path).plan([], [["a=1"]])
+
+
+def test_a_rerun_becomes_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between them a process that a signal ends alone would leave the launcher and its jobs behind."""
+    SweepFolder(tmp_path).plan(["-m", "launcher=local", "a=1"], [["a=1"]])
+    monkeypatch.setattr(sys, "argv", ["mikv.sweep", "rerun", str(tmp_path), "launcher=basic"])
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    rerun()
+    assert became == [[sys.executable, str(ROOT / "run.py"), "-m", "a=1", "launcher=basic", f"hydra.sweep.dir='{tmp_path}'"]]
+
+
+# --- processes of launcher=local ---
+
+
+def job_process(call: Callable[[], object], folder: Path, grace_s: float = 30) -> JobProcess:
+    """A job; `call` is a function within a test, so that it is pickled with all that it is."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return JobProcess(call, folder / "call.pkl", folder / "log", environment, grace_s)
+
+
+def wait_for(what: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(file: Path) -> list[int]:
+    """Of the process numbers in a file those that are alive."""
+    numbers = [int(word) for word in file.read_text().split()]
+    return [n for n in numbers if psutil.pid_exists(n) and psutil.Process(n).status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("how", ["ends", "stopped", "killed", "hangs", "hangs, launcher gone"])
+def test_a_job_leaves_no_process_behind(how: str, tmp_path: Path) -> None:
+    """Neither itself nor what it started, in whichever session; of one that was killed by others, those of its group."""
+
+    def call() -> None:
+        import subprocess
+        import time
+
+        from mikv.stopping import Stopping
+
+        children = [subprocess.Popen(["sleep", "600"])]
+        if how != "killed":
+            children.append(subprocess.Popen(["sleep", "600"], start_new_session=True))
+        (tmp_path / "new").write_text(" ".join(str(child.pid) for child in children))
+        (tmp_path / "new").rename(tmp_path / "children")
+        with Stopping() as stopping:
+            while how != "ends":
+                time.sleep(0.05)
+                if how == "stopped":
+                    stopping.heed()
+
+    job = job_process(call, tmp_path, grace_s=1 if how == "hangs, launcher gone" else 600)
+    wait_for((tmp_path / "children").exists)
+    started = [job.id, *alive(tmp_path / "children")]
+    if how in ("stopped", "hangs, launcher gone"):
+        job.stop()
+    if how == "killed":
+        os.kill(job.id, signal.SIGKILL)
+    if how == "hangs":
+        job.kill()
+    wait_for(job.ended)
+    (tmp_path / "children").write_text(" ".join(map(str, started)))
+    wait_for(lambda: alive(tmp_path / "children") == [])
+    assert ("SIGTERM: stopping after this batch" in (tmp_path / "log").read_text()) == (
+        "launcher gone" in how or how == "stopped"
+    )
+
+
+@pytest.mark.parametrize(("grace_s", "signals"), [(1, 1), (600, 2)])
+def test_jobs_that_take_too_long_to_stop_are_killed(grace_s: int, signals: int, tmp_path: Path) -> None:
+    """After a while, even one that can't end itself; or with the second signal."""
+
+    def call() -> None:
+        import os
+        import signal
+        import time
+
+        from mikv.stopping import Stopping
+
+        with Stopping():
+            (tmp_path / "begun").touch()
+            if signals == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)
+
+    sweep = SweepFolder(tmp_path)
+    sweep.plan([], [["a=1"]])
+    sweep.forget(0)
+
+    def told() -> None:
+        wait_for((tmp_path / "begun").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if signals == 2:
+            (log,) = sweep.logs.iterdir()
+            wait_for(lambda: "stopping after this batch" in log.read_text())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=told).start()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        Local(grace_s=grace_s, gpus=0).launch(sweep, [Task(0, print, (), call)])
+    submitted = sweep.submitted(0)
+    assert submitted is not None
+    assert not psutil.pid_exists(int(submitted.id))
+
+
+@pytest.mark.parametrize("when", ["before batches", "after the last batch"])
+def test_one_after_the_other_no_job_begins_after_a_signal(when: str, tmp_path: Path) -> None:
+    begun = []
+
+    def here(number: int) -> None:
+        begun.append(number)
+        with nullcontext() if when == "before batches" else Stopping():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        Basic().launch(SweepFolder(tmp_path), [Task(n, print, (), partial(here, n)) for n in range(2)])
+    assert begun == [0]
+
+
+# --- threads ---
+
+
+ALL = str(cpu_count())
+
+
+@pytest.mark.parametrize(
+    ("bound", "jobs", "threads", "environment", "wanted"),
+    [
+        (False, 1, None, {}, {"OMP_NUM_THREADS": ALL, "MKL_NUM_THREADS": ALL}),
+        (True, 1, None, {}, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
+        (False, cpu_count(), None, {}, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
+        (False, 999, None, {}, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
+        (False, 1, None, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": None}),
+        (False, 1, None, {"MKL_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": ALL, "MKL_NUM_THREADS": "3"}),
+        (False, 1, 5, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5"}),
+    ],
+)
+def test_local_jobs_share_the_cores(
+    bound: bool,
+    jobs: int,
+    threads: int | None,
+    environment: dict[str, str],
+    wanted: dict[str, str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bound: this process may use a single core."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def call() -> None:
+        import json
+        import os
+
+        (tmp_path / "environment").write_text(json.dumps(dict(os.environ)))
+
+    sweep, before = SweepFolder(tmp_path), os.sched_getaffinity(0)
+    sweep.plan([], [["a=1"]])
+    sweep.forget(0)
+    os.sched_setaffinity(0, {min(before)} if bound else before)
+    try:
+        launcher = Local(jobs_at_once=jobs, threads=threads, gpus=0)
+        each = wanted["OMP_NUM_THREADS"]
+        assert str(launcher) == f"{jobs} at once on this machine, {each} thread{'' if each == '1' else 's'} each"
+        launcher.launch(sweep, [Task(0, print, (), call)])
+    finally:
+        os.sched_setaffinity(0, before)
+    given = json.loads((tmp_path / "environment").read_text())
+    assert {name: given.get(name) for name in wanted} == wanted
+
+
+def test_torch_takes_no_more_threads_than_its_share(tmp_path: Path) -> None:
+    """What the variables are for."""
+
+    def call() -> None:
+        import torch
+
+        print("threads:", torch.get_num_threads())
+
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= Local(threads=1).variables() | {"PYTHONPATH": str(ROOT)}
+    job = JobProcess(call, tmp_path / "call.pkl", tmp_path / "log", environment, 30)
+    wait_for(job.ended, 120)
+    assert (tmp_path / "log").read_text() == "threads: 1\n"
+
+
+def test_slurm_jobs_have_as_many_threads_as_cpus_unless_the_user_says_otherwise(no_slurm: str, tmp_path: Path) -> None:
+    run("run.py", "-m", "launcher=slurm", "launcher.cpus=6", "seed=0", *TINY, f"out={tmp_path}/runs", path=no_slurm)
+    (script,) = tmp_path.glob("runs/.sweeps/*/logs/*_submission.sh")
+    exports = "\n".join(line for line in script.read_text().splitlines() if line.startswith("export "))
+    for set_before, threads in (("", "6 6"), ("OMP_NUM_THREADS=2", "2 2"), ("MKL_NUM_THREADS=3", "6 3")):
+        shell = f"unset OMP_NUM_THREADS MKL_NUM_THREADS; {set_before}\n{exports}\necho $OMP_NUM_THREADS $MKL_NUM_THREADS"
+        assert subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout.strip() == threads
 
 
 # --- Slurm's command lines ---
@@ -216,7 +428,7 @@ ENDED = 2**22 + 1  # above the largest process number of Linux
         (("finished", ""), None, {}, "missing", "its records are gone"),
         (("failed", "too long"), "slurm", {"7_0": "FAILED"}, "failed", "too long"),
         (("running", ""), None, {}, "failed", "is gone"),
-        (("stopped", "interrupted"), "local", {}, "failed", "interrupted"),
+        (("stopped", "interrupted"), "local", {}, "stopped", "interrupted"),
         (None, "slurm", {"7_0": "PENDING"}, "waiting", ""),
         (None, "slurm", {"7_0": "CONFIGURING"}, "waiting", ""),
         (None, "slurm", {"7_0": "CANCELLED"}, "failed", "cancelled before it started"),
@@ -227,7 +439,7 @@ ENDED = 2**22 + 1  # above the largest process number of Linux
         (("running", ""), "slurm", {"7_0": "COMPLETED"}, "failed", "COMPLETED; its log ends: last words"),
         (("running", ""), "slurm", {}, "failed", "does not know job 7_0 any more; its log ends: last words"),
         (("stopped", "by SIGUSR2"), "slurm", {"7_0": "PENDING"}, "waiting", "by SIGUSR2; requeued"),
-        (("stopped", "by SIGTERM"), "slurm", {"7_0": "CANCELLED"}, "failed", "CANCELLED: by SIGTERM"),
+        (("stopped", "by SIGTERM"), "slurm", {"7_0": "CANCELLED"}, "stopped", "CANCELLED: by SIGTERM"),
     ],
 )
 def test_the_state_of_a_job(

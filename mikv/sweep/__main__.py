@@ -1,16 +1,17 @@
-"""python -m mikv.sweep status FOLDER      what became of each job, and why
-python -m mikv.sweep rerun FOLDER       launch what failed or is missing; launcher options may follow: launcher.timeout_min=600
+"""python -m mikv.sweep status FOLDER      what came out, what became of each job, and why
+python -m mikv.sweep rerun FOLDER       launch what is not finished; launcher options may follow: launcher.timeout_min=600
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 from mikv.sweep.folder import SweepError, SweepFolder
-from mikv.sweep.status import TO_DO, print_status, status
+from mikv.sweep.overview import print_overview
+from mikv.sweep.status import TO_DO, status
 
 RUN = Path(__file__).parents[2] / "run.py"
 
@@ -25,16 +26,16 @@ def main() -> int:
         sweep = SweepFolder(asked.folder)
         jobs = status(sweep)
         if asked.what == "status":
-            print_status(sweep, jobs)
+            print_overview(sweep, jobs)
             return 0
         if not any(job.state in TO_DO for job in jobs):
-            print_status(sweep, jobs)
-            print("nothing to submit: no job failed or is missing")
+            print_overview(sweep, jobs)
+            print("nothing to submit: all jobs are finished, at work or waiting")
             return 0
         changed = {_key(override) for override in (*asked.override, "hydra.sweep.dir")}
         as_before = [argument for argument in sweep.command() if _key(argument) not in changed]
         command = [sys.executable, str(RUN), *as_before, *asked.override, f"hydra.sweep.dir={_quoted(asked.folder)}"]
-        return subprocess.run(command).returncode
+        os.execv(sys.executable, command)  # no process in between that a signal could end alone
     except (SweepError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

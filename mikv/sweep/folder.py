@@ -2,7 +2,8 @@
 
     <out>/.sweeps/<time>/sweep.json              the command and each job's overrides
                          multirun.yaml           the configuration that all jobs share (Hydra's)
-                         jobs/N/config.yaml      the whole configuration of job N
+                         jobs/N/call.pkl         by launcher=local: what job N does
+                         jobs/N/config.yaml      its whole configuration
                          jobs/N/submitted.json   by the launcher: its id and log
                          jobs/N/outcome.json     by the job itself: running, finished, failed or stopped, and why
                          logs/                   what the jobs print
@@ -75,6 +76,12 @@ class SweepFolder:
     def jobs(self) -> list[list[str]]:
         """Overrides of each job."""
         return self._plan()["jobs"]
+
+    def differences(self) -> list[list[str]]:
+        """Of each job the overrides that not all jobs have; of a single job all."""
+        jobs = self.jobs()
+        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        return [[override for override in job if override not in shared] for job in jobs]
 
     def command(self) -> list[str]:
         """What stood behind run.py."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mikv.stopping import Stopped
-from mikv.sweep.folder import Outcome, note_outcome
+from mikv.sweep.folder import Outcome, SweepFolder, note_outcome
 
 # submitit's handler requeues the job and then leaves so; where nobody else heeds the signal (while weights are loaded, a plot
 # drawn) that is all there is to see of it.
@@ -20,11 +20,11 @@ _SUBMITIT_REQUEUED = -1
 
 
 @contextmanager
-def noted(job: Path, config: str) -> Iterator[Callable[[Path], None]]:
-    """Note start, end and failure of what happens inside.
+def noted(sweep: SweepFolder, number: int, config: str) -> Iterator[Callable[[Path], None]]:
+    """Say which job of the sweep begins; note start, end and failure of what happens inside.
 
     Args:
-        job: the job's folder.
+        number: of the job.
         config: its whole configuration, as YAML; kept there.
 
     Yields:
@@ -34,6 +34,8 @@ def noted(job: Path, config: str) -> Iterator[Callable[[Path], None]]:
         SystemExit: status 1 instead of an unknown error, whose traceback is printed: Hydra would hand it back as a value, and
             Slurm would call the job completed. What ends the program otherwise passes.
     """
+    job, names = sweep.job(number), sweep.differences()
+    print(f"\njob {number} of {len(names)}: {' '.join(names[number])}", flush=True)
     outcome = Outcome("running", socket.gethostname(), os.getpid(), time.time())
 
     def folder(path: Path) -> None:

@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mikv.stopping import Stopped, Stopping, at_once
 from mikv.sweep.folder import Submitted, SweepError, SweepFolder
+from mikv.sweep.process import JobProcess
 
-MINUTES_OF_A_YEAR = 60 * 24 * 365
+# Each library's pool of threads takes all cores of the machine, unless its variable says otherwise.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Task:
     """A job to launch: its number in the sweep, what submitit calls (picklable, with `checkpoint`) and with which arguments,
-    and how to run it in this process instead."""
+    and how to run it without submitit, here or in another process (picklable by cloudpickle)."""
 
     number: int
     call: Callable[..., Any]
@@ -38,7 +41,7 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class Basic:
-    """One job after the other, in this process. One that fails does not keep the next from running."""
+    """One job after the other, in this process. One that fails does not keep the next from running; a signal does."""
 
     waits, logs = True, False
 
@@ -46,60 +49,100 @@ class Basic:
         return "one after the other"
 
     def launch(self, sweep: SweepFolder, tasks: Sequence[Task]) -> None:  # noqa: ARG002
-        for task in tasks:
-            try:
-                task.here()
-            except SystemExit as end:
-                if end.code not in (1, 2):  # not a failure of the job: somebody stopped the sweep
-                    raise
+        with at_once():
+            for task in tasks:
+                try:
+                    task.here()
+                except SystemExit as end:
+                    if end.code not in (1, 2):  # not a failure of the job: somebody stopped the sweep
+                        raise
 
 
 @dataclass(frozen=True)
 class Local:
-    """Processes on this machine, several at once.
+    """Processes on this machine, several at once. They end before the launcher does, or, where it is killed, soon after.
 
     Args:
         jobs_at_once: processes that run at the same time.
+        threads: CPU threads of each job; null = the cores that this process may use, shared by the jobs that run at the same
+            time, or what OMP_NUM_THREADS says where it is set.
         gpus: GPUs of each job; jobs that run at the same time never share one. 0, or a machine without: the CPU.
         gpu_ids: GPUs of this machine that may be used; null = those that nvidia-smi lists (or CUDA_VISIBLE_DEVICES allows).
+        grace_s: seconds in which jobs that are told to stop may finish their batch, before they are killed.
     """
 
     jobs_at_once: int = 2
+    threads: int | None = None
     gpus: int = 1
     gpu_ids: Sequence[int] | None = None
+    grace_s: int = 120
     waits, logs = True, True
 
     def __str__(self) -> str:
-        return f"{self.jobs_at_once} at once on this machine"
+        threads = (os.environ | self.variables())["OMP_NUM_THREADS"]
+        return f"{self.jobs_at_once} at once on this machine, {threads} {'thread' if threads == '1' else 'threads'} each"
 
     def __post_init__(self) -> None:
-        _at_least(1, jobs_at_once=self.jobs_at_once)
-        _at_least(0, gpus=self.gpus)
+        _at_least(1, jobs_at_once=self.jobs_at_once, **({} if self.threads is None else {"threads": self.threads}))
+        _at_least(0, gpus=self.gpus, grace_s=self.grace_s)
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables that give each job its share of the cores; what the user has set stays, but for `threads`."""
+        from joblib import cpu_count  # knows affinity and the quotas of containers
+
+        if self.threads is not None:
+            return dict.fromkeys(_THREADS, str(self.threads))
+        if "OMP_NUM_THREADS" in os.environ:
+            return {}
+        share = max(1, cpu_count() // self.jobs_at_once)
+        return {name: str(share) for name in _THREADS if name not in os.environ}
 
     def launch(self, sweep: SweepFolder, tasks: Sequence[Task]) -> None:
-        import submitit
-
         there = _gpus_here() if self.gpu_ids is None else list(self.gpu_ids)
         if there and self.jobs_at_once * self.gpus > len(there):
             raise SweepError(
                 f"launcher.jobs_at_once={self.jobs_at_once} with launcher.gpus={self.gpus} needs "
                 f"{self.jobs_at_once * self.gpus} GPUs, and {len(there)} are there: fewer jobs at once, or launcher.gpus=0"
             )
-        executor = submitit.LocalExecutor(folder=sweep.logs)
-        running: list[Any | None] = [None] * self.jobs_at_once
+        environment = os.environ | self.variables()
+        sweep.logs.mkdir(parents=True, exist_ok=True)
+        running: list[JobProcess | None] = [None] * self.jobs_at_once
+        with Stopping() as stopping:
+            try:
+                for task in tasks:
+                    place = _free(running, stopping)
+                    mine = there[place * self.gpus : (place + 1) * self.gpus] if there else []
+                    job = JobProcess(
+                        task.here,
+                        sweep.job(task.number) / "call.pkl",
+                        log := sweep.logs / f"{task.number}_{os.getpid()}.log",  # a rerun keeps it
+                        environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))},
+                        self.grace_s,
+                    )
+                    running[place] = job
+                    sweep.note_submitted(task.number, Submitted("local", str(job.id), str(log.resolve()), str(log.resolve())))
+                while not all(job is None or job.ended() for job in running):
+                    stopping.heed()
+                    time.sleep(0.2)
+            finally:
+                self._end([job for job in running if job is not None and not job.ended()])
+
+    def _end(self, jobs: Sequence[JobProcess]) -> None:
+        """Tell jobs to stop, wait for them, and kill those that take too long; all of them, on being told again."""
+        if not jobs:
+            return
+        print(f"{len(jobs)} jobs may finish their batch, in at most {self.grace_s} s; a second signal ends them", flush=True)
         try:
-            for task in tasks:
-                place = _free(running)
-                mine = there[place * self.gpus : (place + 1) * self.gpus] if there else []
-                executor.update_parameters(timeout_min=MINUTES_OF_A_YEAR, gpus_per_node=len(mine), visible_gpus=mine)
-                running[place] = executor.submit(task.call, *task.arguments)
-                sweep.note_submitted(task.number, _noted("local", running[place]))
-            while any(job is not None and not job.done() for job in running):
-                time.sleep(0.2)
-        except KeyboardInterrupt:
-            for job in filter(None, running):
-                job.cancel()
-            raise
+            for job in jobs:
+                job.stop()
+            deadline = time.monotonic() + self.grace_s
+            while time.monotonic() < deadline and not all(job.ended() for job in jobs):
+                time.sleep(0.1)
+        except (Stopped, KeyboardInterrupt):
+            pass
+        finally:
+            for job in jobs:
+                job.kill()
 
 
 @dataclass(frozen=True)
@@ -153,7 +196,7 @@ class Slurm:
             "slurm_account": self.account,
             "slurm_qos": self.qos,
             "slurm_constraint": self.constraint,
-            "slurm_setup": list(self.setup) or None,
+            "slurm_setup": [*self.setup, *self._share()],
             "slurm_array_parallelism": self.array_parallelism,
             "slurm_signal_delay_s": self.signal_delay_s,
             # a step takes its CPUs from the job no more since Slurm 22.05: it would be bound to one
@@ -171,18 +214,26 @@ class Slurm:
         except (RuntimeError, FailedJobError) as error:  # no sbatch here; or what sbatch itself says
             raise SweepError(f"Slurm took no job: {str(error).strip()}") from error
         for task, job in zip(tasks, jobs, strict=True):
-            sweep.note_submitted(task.number, _noted("slurm", job))
+            log, errors = (str(file.resolve()) for file in (job.paths.stdout, job.paths.stderr))
+            sweep.note_submitted(task.number, Submitted("slurm", str(job.job_id), log, errors))
+
+    def _share(self) -> list[str]:
+        """Shell lines: as many threads as CPUs. Not as an option, as the user may have set them here, there, or in `setup`."""
+        first, *others = _THREADS
+        lines = [f"export {first}=${{{first}:-{self.cpus}}}"]
+        return lines + [f"export {name}=${{{name}:-${first}}}" for name in others]
 
 
-def _noted(launcher: str, job: Any) -> Submitted:
-    return Submitted(launcher, str(job.job_id), str(job.paths.stdout.resolve()), str(job.paths.stderr.resolve()))
+def _free(running: Sequence[JobProcess | None], stopping: Stopping) -> int:
+    """The first place without a running job; waits for one.
 
-
-def _free(running: list[Any | None]) -> int:
-    """The first place without a running job; waits for one."""
+    Raises:
+        Stopped: the sweep was told to stop.
+    """
     while True:
+        stopping.heed()
         for place, job in enumerate(running):
-            if job is None or job.done():
+            if job is None or job.ended():
                 return place
         time.sleep(0.2)
 

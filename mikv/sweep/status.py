@@ -1,4 +1,4 @@
-"""What became of each job of a sweep: finished, running, waiting, failed or missing, and why."""
+"""What became of each job of a sweep: finished, running, waiting, stopped, failed or missing, and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from mikv.sweep import queue
 from mikv.sweep.folder import Outcome, Submitted, SweepFolder
 
-STATES = ("finished", "running", "waiting", "failed", "missing")
-TO_DO = ("failed", "missing")
+STATES = ("finished", "running", "waiting", "stopped", "failed", "missing")
+TO_DO = ("stopped", "failed", "missing")
 
 
 @dataclass(frozen=True)
 class Job:
-    """number: within the sweep; overrides: what it runs; state: one of STATES; reason: of failed and missing; log: if any."""
+    """number: within the sweep; overrides: what it runs; state: one of STATES; reason: of an end that is none; log: if any."""
 
     number: int
     overrides: Sequence[str]
@@ -56,7 +56,7 @@ def _judge(outcome: Outcome | None, submitted: Submitted | None, known: dict[str
         return _judge_queued(outcome, submitted, known.get(submitted.id))
     if outcome is not None:
         if outcome.state == "stopped":
-            return "failed", outcome.reason
+            return "stopped", outcome.reason
         if _alive(outcome.host, outcome.process):
             return "running", ""
         return "failed", _silent(submitted, f"process {outcome.process} on {outcome.host} is gone")
@@ -78,7 +78,7 @@ def _judge_queued(outcome: Outcome | None, submitted: Submitted, state: str | No
         why = {"CANCELLED": "cancelled before it started"}.get(state, f"{state} before it started")
         return "failed", _silent(submitted, why)
     if outcome.state == "stopped":
-        return "failed", f"{state}: {outcome.reason}"
+        return "stopped", f"{state}: {outcome.reason}"
     return "failed", _silent(submitted, state)
 
 
@@ -104,17 +104,19 @@ def _silent(submitted: Submitted | None, what: str) -> str:
     return f"{what}; its log ends: {lines[-1][:160]}" if lines else what
 
 
-def print_status(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
-    """A line per job, the reasons of failures, and what to do."""
-    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    for job in jobs:
-        own = " ".join(o for o in job.overrides if o not in shared) or " ".join(job.overrides)
-        print(f"{job.number:>4}  {job.state:<9} {own}")
+def print_jobs(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
+    """A line per job, and the reasons of failures."""
+    for job, own in zip(jobs, sweep.differences(), strict=True):
+        print(f"{job.number:>4}  {job.state:<9} {' '.join(own)}")
         if job.reason:
             print("\n".join(f"                {line}" for line in job.reason.splitlines()))
         if job.state == "failed" and job.log:
             print(f"                {job.log}")
+
+
+def print_count(sweep: SweepFolder, jobs: Sequence[Job]) -> None:
+    """How many jobs there are of each state, and what to do."""
     count = Counter(job.state for job in jobs)
     print(f"{len(jobs)} jobs: " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state]))
-    if count["failed"] or count["missing"]:
+    if any(count[state] for state in TO_DO):
         print(f"to submit what is missing: python -m mikv.sweep rerun {sweep.path}")
