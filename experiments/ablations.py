@@ -6,11 +6,10 @@ python -m experiments.ablations model=smollm2-135m task=fidelity
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.base import ADJUSTED, adjusted, compare, run, show
+from experiments.base import ADJUSTED, adjusted, arguments, compare, run, show
 from mikv.cli import explained, quiet
 from mikv.results import Results
 
@@ -65,4 +64,4 @@ def _number(value: str, bounds: Sequence[float] | None, form: str) -> str:
 if __name__ == "__main__":
     quiet()
     with explained():
-        show(table(run("ablations", *sys.argv[1:])))
+        show(table(run("ablations", *arguments())))

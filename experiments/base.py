@@ -110,8 +110,17 @@ def show(*tables: Any) -> None:
         console.print(table)
 
 
+def arguments() -> list[str]:
+    """Overrides on the command line of an experiment; --help prints what the experiment is, and ends it."""
+    given = sys.argv[1:]
+    if {"-h", "--help"} & set(given):
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nOptions are those of run.py: python run.py --help")
+        raise SystemExit(0)
+    return given
+
+
 def main(experiment: str, title: str, paper: Mapping[str, float]) -> None:
     """The program of an experiment that is one run and one table."""
     quiet()
     with explained():
-        show(paper_table(title, run(experiment, *sys.argv[1:]).summary, paper))
+        show(paper_table(title, run(experiment, *arguments()).summary, paper))

@@ -10,12 +10,11 @@ drawn as a dashed line.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.base import run, show
+from experiments.base import arguments, run, show
 from mikv.cli import explained, quiet
 from mikv.metrics.pareto import pareto_front
 from mikv.results import measures
@@ -96,4 +95,4 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     quiet()
     with explained():
-        main(sys.argv[1:])
+        main(arguments())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from experiments.base import adjusted, compare, paper_table, percent, points
 from experiments.risks import BUDGETS, budget, risks
@@ -226,3 +228,20 @@ def test_without_runs_the_way_to_get_some_is_said(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         program("risks", "--records", str(tmp_path))
     assert "python run.py panel=risk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", sorted(f.stem for f in (ROOT / "experiments").glob("*.py") if f.stem not in ("__init__", "base"))
+)
+def test_every_experiment_says_what_it_is_and_answers_a_slip(name: str) -> None:
+    def said(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"experiments.{name}", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    told = said("--help")
+    assert told.returncode == 0, told.stderr
+    assert f"python -m experiments.{name}" in told.stdout
+    slip = said(*(["--run"] if name == "risks" else []), "policy.kep=0.1")
+    assert slip.returncode == 2
+    assert "Traceback" not in slip.stderr
+    assert "did you mean policy.keep?" in slip.stderr
