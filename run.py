@@ -34,7 +34,8 @@ def main(config: DictConfig) -> None:
         if "launcher" in chosen and not swept:
             raise ValueError("launcher=... launches sweeps: add -m (one run is a sweep too)")
         run, mirror = build(config, chosen), tracker(config)
-        note_folder(run.folder())
+        if swept:
+            note_folder(run.folder())
         from mikv.runner import execute  # after what needs no model has been checked
 
         execute(run)

@@ -1,4 +1,4 @@
-"""Names for identities and contents: hashes that are the same on every machine. Imports nothing of the project."""
+"""Names for identities and contents: hashes that are the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mikv.digests import file_digest
+
+# Files up to this size go into a fingerprint as they are, of larger ones their digest, which is remembered.
+_SMALL_BYTES = 2**24
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -27,21 +32,19 @@ def record_key(run: Mapping[str, Any], policy_id: str, unit: Mapping[str, Any]) 
 
 
 def content_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that name the content of a file, or of a folder of weights.
+    """16 hexadecimal digits that name the whole content of a file, or of a folder of weights; not where it lies.
 
-    Small files are read whole, large ones in 64 places: checkpoints of one architecture are equally large, and differ
-    everywhere. In a folder hidden files (a downloader's notes) and texts about it (*.md) do not count.
+    Every byte counts: fine-tunes of one model are equally large and may differ in a few tensors. In a folder the names of
+    files count, hidden files (a downloader's notes) and texts about it (*.md) do not.
+
+    Raises:
+        OSError, ValueError: a file can't be read, or was changed while it was.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         name = "" if file == path else str(file.relative_to(path))  # a single file's own name is where it lies
         if file.is_file() and not (name.endswith(".md") or any(part.startswith(".") for part in Path(name).parts)):
-            digest.update(f"{name}:{file.stat().st_size};".encode())
-            if file.stat().st_size <= 2**24:
-                digest.update(file.read_bytes())
-            else:
-                with file.open("rb") as data:
-                    for block in range(64):
-                        data.seek(file.stat().st_size * block // 64)
-                        digest.update(data.read(4096))
+            size = file.stat().st_size
+            digest.update(f"{name}:{size};".encode())
+            digest.update(file.read_bytes() if size <= _SMALL_BYTES else file_digest(file).encode())
     return digest.hexdigest()[:16]

@@ -85,6 +85,9 @@ LATE: list[tuple[str, list[str]]] = [
     ("task=key_value task.keys=100000000", ["task.keys=100000000", "from 2 to 100000"]),
     ("task=lm_eval", ["task.name must be set"]),
     ("launcher=local", ["add -m"]),
+    ("model.device=cuda:99", ["model.device=cuda:99", "choose model.device=cpu or auto"]),
+    ("model.device=gpu", ["model.device=gpu", "auto, cpu, cuda or cuda:N"]),
+    ("model.path=/nowhere/at/all", ["model.path=/nowhere/at/all does not exist"]),
 ]
 
 PROGRAM = """

@@ -106,13 +106,31 @@ def test_a_file_is_told_from_another_by_its_content(tmp_path: Path) -> None:
     assert content_fingerprint(one) != content_fingerprint(two)
 
 
-def test_two_checkpoints_of_one_size_are_two_contents(tmp_path: Path) -> None:
-    """All checkpoints of an architecture are equally large, and all larger than what is read whole."""
-    files = [tmp_path / "a", tmp_path / "b"]
-    for byte, folder in enumerate(files):
+def test_checkpoints_that_differ_in_a_byte_are_two_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tunes of one model are equally large and may share nearly all of it; reading samples took them for one."""
+    monkeypatch.setenv("MIKV_CACHE", str(tmp_path / "cache"))
+    size = 2**24 + 1
+    names = set()
+    for place in (None, 0, 2**20 + 5000, size - 1):
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        folder = tmp_path / str(place)
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes([byte]) * (2**24 + 1))
-    assert content_fingerprint(files[0]) != content_fingerprint(files[1])
+        (folder / "model.safetensors").write_bytes(content)
+        names |= {content_fingerprint(folder), content_fingerprint(folder / "model.safetensors")}
+    assert len(names) == 8
+
+
+def test_a_large_file_keeps_its_name_elsewhere_and_when_it_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIKV_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(2**24 + 1))
+    before = content_fingerprint(file)
+    os.utime(file, (0, 0))
+    assert content_fingerprint(file) == before
+    (tmp_path / "there").mkdir()
+    assert content_fingerprint(file.rename(tmp_path / "there" / "other.gguf")) == before
 
 
 def test_texts_and_a_downloaders_notes_do_not_count(tmp_path: Path) -> None:

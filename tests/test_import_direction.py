@@ -20,8 +20,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.types": (),
     "mikv.options": (),
     "mikv.tensors": (),
-    "mikv.fingerprint": (),
     "mikv.identity": (),
+    "mikv.digests": (),
+    "mikv.fingerprint": ("mikv.digests",),
     "mikv.quant": ("mikv.types", "mikv.quant"),
     "mikv.randomness": (),
     "mikv.decoding": (),
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("mikv.assignment", "mikv.attention", "mikv.cache", "mikv.tensors"),
     ),
     "mikv.models": (
-        *("mikv.types", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
+        *("mikv.types", "mikv.digests", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
         *("mikv.attention", "mikv.models"),
     ),
     "mikv.engine": (

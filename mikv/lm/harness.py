@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from mikv.lm.humaneval import HUMANEVAL
 from mikv.lm.model import EncodedInstances, PanelLM
 from mikv.lm.tasks import Catalogue, build_requests
 from mikv.metrics.summary import Kind
-from mikv.models.load import Loaded, ModelSpec, load_tokenizer, locate
+from mikv.models.load import Loaded, ModelSpec, load_tokenizer
 from mikv.scoring import Fidelity
 from mikv.tasks.data import cluster
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
@@ -124,10 +125,12 @@ class Harness:
         random.seed(seed)
         np.random.seed(seed)  # what tasks that make their own data use
         metadata = dict(self.metadata or {})
-        if metadata.get("max_seq_lengths"):
-            metadata.setdefault("tokenizer", locate(spec)[0])
-        catalogue = Catalogue(metadata, _OWN, self.include)
-        return catalogue.load(self.tasks or [self.name], self.only, self._folder())
+        with TemporaryDirectory() as folder:
+            if metadata.get("max_seq_lengths") and "tokenizer" not in metadata:
+                save_tokenizer(spec, folder)
+                metadata["tokenizer"] = folder
+            catalogue = Catalogue(metadata, _OWN, self.include)
+            return catalogue.load(self.tasks or [self.name], self.only, self._folder())
 
     def _folder(self) -> str | None:
         """The folder with the data, or the one of this name in it: one tree serves all tasks."""
@@ -164,6 +167,13 @@ class Harness:
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
+
+
+def save_tokenizer(spec: ModelSpec, folder: str) -> None:
+    """A copy for tasks that load it themselves: by a name lm-eval takes any commit, and runs the code that comes with it."""
+    tokenizer = load_tokenizer(spec)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(folder)
 
 
 class HarnessWork:

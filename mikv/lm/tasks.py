@@ -13,16 +13,20 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from mikv.tasks.data import DataUnavailable
+from mikv.tasks.data import DataUnavailable, numbered_rows
+
+if TYPE_CHECKING:
+    import datasets
 
 # File names that follow no rule, by the hub's name of the data set and the split.
 _PUBLISHED = {
@@ -119,17 +123,20 @@ class Catalogue:
         entry = self._manager.task_index.get(name)
         config = self._own.get(name) or (entry.cfg if entry is not None else None) or {}
         changes: dict[str, Any] = {}
-        if data_dir is not None:
-            changes |= {"custom_dataset": None, **_local(name, config, Path(data_dir).expanduser())}
+        files = None if data_dir is None else _files(name, config, Path(data_dir).expanduser())
+        if files is not None:
+            changes |= _local(config, files)
         # in a group, changes are laid over the task's own YAML; without, they are all there is
         whole = {**config, **changes} if name in self._own else {"group": name, "task": [{"task": name, **changes}]}
         try:
             with _quiet():
                 return self._manager.load([whole])["tasks"][name]
-        except (OSError, ConnectionError, ValueError, RuntimeError) as error:
-            if data_dir is not None:
-                raise
-            raise DataUnavailable(_how_to_get(name, config, error)) from error
+        except Exception as error:  # the task's own code, on rows that it may not fit: KeyError, TypeError, UndefinedError, ...
+            if files is not None and not isinstance(error, OSError | ImportError):
+                raise ValueError(_unfit(name, config, files, error)) from error
+            if isinstance(error, OSError | ValueError | RuntimeError):
+                raise DataUnavailable(_how_to_get(name, config, error)) from error
+            raise
 
 
 _GROUP_FIELDS = ("group", "group_alias", "aggregate_metric_list", "metadata")
@@ -150,13 +157,49 @@ def _quiet() -> Iterator[None]:
 
 
 def build_requests(task: Task, limit: int | None, **options: Any) -> None:
-    """Let a task make its instances for its first `limit` documents (None = all)."""
-    with _quiet():
-        task.build_all_requests(limit=limit, **options)
+    """Let a task make its instances for its first `limit` documents (None = all).
+
+    Raises:
+        ValueError: a document is not what the task expects; says which, before anything is asked.
+    """
+    _check_documents(task, "document", islice(task.eval_docs, limit))
+    try:
+        with _quiet():
+            task.build_all_requests(limit=limit, **options)
+    except Exception:  # the examples are read now, by the task's own code
+        _check_documents(task, "example", task.fewshot_docs() or ())
+        raise
 
 
-def _local(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Where a task's data lie in a folder, as a change of its configuration."""
+def _check_documents(task: Task, what: str, documents: Iterable[Mapping[str, Any]]) -> None:
+    for number, document in enumerate(documents):
+        if (why := _unaskable(task, document)) is not None:
+            raise ValueError(
+                f"{task.config.task} can't make a question of its {what} {number} (counted from 0): {why}. Its fields are "
+                f'{_listed(document)}; README, "Data without the hub", says what is wanted'
+            )
+
+
+def _unaskable(task: Task, document: Mapping[str, Any]) -> str | None:
+    """Why a task can't make a question of a document; None = it can."""
+    try:
+        task.doc_to_text(document)
+        target = task.doc_to_target(document)
+        if getattr(task.config, "doc_to_choice", None) is not None:
+            choices = task.doc_to_choice(document)
+            if isinstance(target, int) and not 0 <= target < len(choices):
+                return f"the right answer is number {target} of {len(choices)}"
+    except Exception as error:  # the task's own code, on a document that it may not fit
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _listed(document: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({type(value).__name__})" for name, value in document.items())
+
+
+def _files(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """A task's files in a folder, by split. Raises DataUnavailable where one that is needed is not there."""
     if not folder.is_dir():
         raise DataUnavailable(f"task.data_dir={folder} is not a folder")
     dataset, configuration = str(config.get("dataset_path", "")), config.get("dataset_name")
@@ -172,15 +215,63 @@ def _local(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, Any]
         tried.append(f"{split}.jsonl")
         file = next((folder / candidate for candidate in tried if (folder / candidate).is_file()), None)
         if file is not None:
-            files[split] = str(file.resolve())
+            files[split] = file
         elif split in needed or split == config.get("fewshot_split"):
             raise DataUnavailable(
                 f"{name} needs the split {split!r} of {dataset}: none of {', '.join(tried)} is in {folder} "
                 '(README, "Data without the hub")'
             )
+    return files
+
+
+def _local(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """The rows of local files as a change of a task's configuration.
+
+    They are read here: the loader of `datasets` tells neither file nor line of what is wrong, takes texts that look like dates
+    for dates, and keeps copies in the user's cache.
+    """
+    import datasets
+
+    splits = datasets.DatasetDict({split: _dataset(file) for split, file in files.items()})
     # splits that are not there and not needed must not be looked for
     absent = {field: None for field in _SPLITS if config.get(field) and config[field] not in files}
-    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, **absent}
+    return {"custom_dataset": lambda **_: splits, "dataset_kwargs": None, **absent}
+
+
+def _dataset(file: Path) -> datasets.Dataset:
+    """Rows of a JSON-lines file, all with the same fields, each of one type or null. Raises ValueError, OSError."""
+    import datasets
+
+    rows: list[dict[str, Any]] = []
+    types: dict[str, type] = {}
+    for where, row in numbered_rows(file):
+        if rows and row.keys() != rows[0].keys():
+            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+            raise ValueError(
+                f"{where} has other fields than the first line: {odd} is in one of them alone; wanted: the same in each"
+            )
+        for name, value in row.items():
+            kind = float if type(value) is int else type(value)
+            if value is not None and types.setdefault(name, kind) is not kind:
+                raise ValueError(
+                    f"{where}: {name} is of type {type(value).__name__}, and {types[name].__name__} before; wanted: the same"
+                )
+        rows.append(row)
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError) as error:  # what lies within lists and objects differs in type
+        raise ValueError(
+            f"{file}: its rows do not make one table ({error}); wanted: values of the same types in each row"
+        ) from error
+
+
+def _unfit(name: str, config: Mapping[str, Any], files: Mapping[str, Path], error: Exception) -> str:
+    listed = ", ".join(map(str, files.values()))
+    _, first = next(numbered_rows(next(iter(files.values()))))
+    return (
+        f"{name} can't be asked with the rows of {listed} ({type(error).__name__}: {error}). Their fields are "
+        f'{_listed(first)}; wanted: those of {config.get("dataset_path")} (README, "Data without the hub")'
+    )
 
 
 def _how_to_get(name: str, config: Mapping[str, Any], error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,24 +142,50 @@ def read_rows(file: Path, required: Mapping[str, type]) -> list[Row]:
     """Rows of a JSON-lines file. Messages name a line and never show what it says.
 
     Raises:
-        ValueError: a line is no JSON object with the required fields.
+        ValueError: the file is empty, or a line is no JSON object with the required fields; says which and what was found.
+        OSError: it can't be read.
     """
     rows = []
-    with file.open(encoding="utf-8") as lines:  # not str.splitlines: texts hold other line separators
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number} is no JSON ({error.msg}); wanted: one object a line") from error
-            _check(row, required, f"{file}:{number}")
-            rows.append(row)
+    for where, row in numbered_rows(file):
+        _check(row, required, where)
+        rows.append(row)
     return rows
 
 
+def numbered_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """FILE:LINE and object of each line: UTF-8, with or without a byte order mark, lines ended by LF or CR LF, empty lines left
+    out. Raises as read_rows does."""
+    empty = True
+    with file.open("rb") as lines:  # bytes, so that a line that is no UTF-8 has a number; texts hold other line separators
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is no UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                said = getattr(error, "msg", str(error))
+                raise ValueError(f"{where} is no JSON ({said}); wanted: one object a line") from error
+            _check(row, {}, where)
+            empty = False
+            yield where, row
+    if empty:
+        raise ValueError(f"{file} is empty; wanted: one JSON object a line")
+
+
 def _check(row: Any, required: Mapping[str, type], where: str) -> None:
-    wrong = [name for name, kind in required.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is of type {type(row).__name__}; wanted: an object, {{...}}")
+    wrong = [
+        f"{name} is {'missing' if name not in row else f'of type {type(row[name]).__name__}'}"
+        for name, kind in required.items()
+        if not isinstance(row.get(name), kind) or (kind is int and isinstance(row[name], bool))
+    ]
     if wrong:
-        raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; wanted {_listed(required)}")
+        raise ValueError(f"{where}: {', '.join(wrong)}; wanted: {_listed(required)}")
 
 
 def _listed(required: Mapping[str, type]) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from own_tasks import YAML, write
+from saved_models import save
+from transformers import AutoTokenizer
 
 from mikv.config import policy
 from mikv.engine import Engine
 from mikv.lm import Harness, humaneval
+from mikv.lm.harness import save_tokenizer
 from mikv.lm.humaneval import pass_at_1
 from mikv.models.load import ModelSpec
+from mikv.models.tiny import byte_tokenizer
 from mikv.records import read_rows
 from mikv.run import Run
 from mikv.runner import RunError, execute
@@ -259,3 +264,18 @@ def test_generated_code_runs_only_when_it_is_allowed(tmp_path: Path, monkeypatch
     assert len(ran) == 1
     assert ran[0].startswith(PROBLEM["prompt"])
     assert ran[0].endswith("check(add)")
+
+
+def test_a_task_that_loads_the_tokenizer_itself_gets_a_copy_that_names_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval loads it with trust_remote_code=True."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = save(tmp_path / "model") / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    (tmp_path / "model" / "own.py").write_text("raise RuntimeError('the code was run')")
+    with pytest.raises(RuntimeError, match="the code was run"):
+        AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    save_tokenizer(ModelSpec("m", path=str(tmp_path / "model")), str(tmp_path / "copy"))
+    copy = AutoTokenizer.from_pretrained(tmp_path / "copy", trust_remote_code=True)
+    assert copy("some text").input_ids == byte_tokenizer()("some text").input_ids

