@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mikv.plots.style import look
+from mikv.plots.style import literal, look
 
 Row = dict[str, Any]
 
@@ -20,7 +20,7 @@ def curve_figure(rows: Sequence[Row]) -> Any:
     """Score (with its 95 % interval) against the counted size of the cache, a point per policy with its label, of the summary
     of a run. The caller saves and closes it."""
     figure, ax = _pyplot().subplots(figsize=(8, 5), dpi=150)
-    ax.set_title(f"{rows[0]['model']} on {rows[0]['task']}, n = {rows[0]['n']}", fontsize=10)
+    ax.set_title(literal(f"{rows[0]['model']} on {rows[0]['task']}, n = {rows[0]['n']}"), fontsize=10)
     if rows[0]["metric"] == "kl" and any(row["value"] > 0 for row in rows):
         # a divergence spans orders of magnitude; the full cache's own is 0 and has no place there
         rows = [row for row in rows if row["value"] > 0]
@@ -44,11 +44,11 @@ def _points(ax: Any, rows: Sequence[Row]) -> None:
                 [v - low for v, (low, _) in zip(value, bounds, strict=True)],
                 [high - v for v, (_, high) in zip(value, bounds, strict=True)],
             ],
-            fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, capsize=2, markersize=7, label=name, alpha=0.9,
+            fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, capsize=2, markersize=7, label=literal(name), alpha=0.9,
         )  # fmt: skip
     ax.set_xlabel("cache size, % of the 16-bit cache (bytes counted from stored tensors)")
     better = ", lower is better" if rows[0]["lower_is_better"] else ""
-    ax.set_ylabel(f"{rows[0]['metric']}{better} (bars: 95 % interval)")
+    ax.set_ylabel(literal(f"{rows[0]['metric']}{better} (bars: 95 % interval)"))
     ax.set_xlim(0, 108)
     if all(0 <= row["value"] <= 1 for row in rows) and not rows[0]["lower_is_better"]:
         ax.set_ylim(-0.04, 1.12)
@@ -66,7 +66,8 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     # a little up and right of the point, in pixels: the scale may be logarithmic
     starts = [ax.transData.inverted().transform(point + 9) for point in points]
     texts = [
-        ax.text(*start, _short(row), fontsize=7, color=look(row["policy"])[0]) for start, row in zip(starts, rows, strict=True)
+        ax.text(*start, literal(_short(row)), fontsize=7, color=look(row["policy"])[0])
+        for start, row in zip(starts, rows, strict=True)
     ]
     for push in _PUSHES:
         force, step = push
@@ -139,12 +140,12 @@ def save_depth_maps(file: Path, by_policy: Mapping[str, Sequence[Row]], title: s
     )  # fmt: skip
     for ax, (label, samples) in zip(axes.flat, by_policy.items(), strict=False):
         image = depth_map(ax, samples)
-        ax.set_title(label, fontsize=8)
+        ax.set_title(literal(label), fontsize=8)
     for ax in axes.flat[len(by_policy) :]:
         ax.set_visible(False)
     figure.supxlabel("lines in the context", fontsize=9)
     figure.supylabel("depth of the asked line (0 = first, 1 = last)", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
     return _save(figure, file)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mikv.metrics.pareto import pareto_front
-from mikv.plots.style import look
+from mikv.plots.style import literal, look
 
 Row = Mapping[str, Any]
 
@@ -37,12 +37,12 @@ def curve_grid(rows: Sequence[Row], title: str) -> Any:
             if mine:
                 _panel(ax, mine)
                 n = ", ".join(map(str, sorted({row["n"] for row in mine})))  # several where runs of a task are put together
-                ax.set_title(f"{model} · {task} (n = {n})", fontsize=10)
+                ax.set_title(literal(f"{model} · {task} (n = {n})"), fontsize=10)
             else:
                 ax.set_axis_off()
     for ax in axes[-1]:
         ax.set_xlabel("cache size, % of the 16-bit cache's bytes")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 * len(tasks), fontsize=9, frameon=False)
     return figure
@@ -64,7 +64,8 @@ def _panel(ax: Any, rows: Sequence[Row]) -> None:
     if all(0 <= row["value"] <= 1 for row in rows) and not first["lower_is_better"]:
         ax.set_ylim(-0.04, 1.04)
     unit = ", nats per token" if first["measure"] in ("kl", "nll_change") else ""
-    ax.set_ylabel(first["measure"].replace("_", " ") + unit + (", lower is better" if first["lower_is_better"] else ""))
+    better = ", lower is better" if first["lower_is_better"] else ""
+    ax.set_ylabel(literal(first["measure"].replace("_", " ") + unit + better))
     ax.grid(True, linewidth=0.3)
 
 
@@ -72,7 +73,7 @@ def _policy(ax: Any, name: str, rows: Sequence[Row]) -> None:
     colour, marker = look(name)
     ax.plot(
         [row["size_percent"] for row in rows], [row["value"] for row in rows],
-        marker, color=colour, markersize=9 if marker == "*" else 6, label=name, zorder=3,
+        marker, color=colour, markersize=9 if marker == "*" else 6, label=literal(name), zorder=3,
     )  # fmt: skip
     best = [rows[i] for i in _front(rows)]
     sizes = [*(row["size_percent"] for row in best), 104]

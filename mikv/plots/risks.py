@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mikv.plots.style import look
+from mikv.plots.style import literal, look
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ def risk_lines(ax: Any, rows: Sequence[Row]) -> None:
         rate = [row["rate"] for row in mine]
         bounds = [(row["rate"], row["rate"]) if row["low"] is None else (row["low"], row["high"]) for row in mine]
         if name == "full":
-            ax.axhline(rate[0], color=colour, linestyle="--", linewidth=1, label=name)
+            ax.axhline(rate[0], color=colour, linestyle="--", linewidth=1, label=literal(name))
             ax.axhspan(*bounds[0], color=colour, alpha=0.08, linewidth=0)
             continue
         ax.errorbar(
@@ -29,7 +29,8 @@ def risk_lines(ax: Any, rows: Sequence[Row]) -> None:
                 [max(0, value - low) for value, (low, _) in zip(rate, bounds, strict=True)],
                 [max(0, high - value) for value, (_, high) in zip(rate, bounds, strict=True)],
             ],
-            fmt=f"{marker}-", color=colour, elinewidth=0.8, capsize=2, markersize=5, linewidth=1.2, label=name, alpha=0.9,
+            fmt=f"{marker}-", color=colour, elinewidth=0.8, capsize=2, markersize=5, linewidth=1.2, label=literal(name),
+            alpha=0.9,
         )  # fmt: skip
     ax.set_ylim(-0.03, 1.03)
     ax.grid(True, linewidth=0.3)
@@ -49,7 +50,7 @@ def risk_grid(rows: Sequence[Row], title: str) -> Any:
     for ax, name in zip(axes.flat, names, strict=False):
         mine = [row for row in rows if row["risk"] == name]
         risk_lines(ax, mine)
-        ax.set_title(f"{name.replace('_', ' ')} (n = {mine[0]['n']})", fontsize=8)
+        ax.set_title(literal(f"{name.replace('_', ' ')} (n = {mine[0]['n']})"), fontsize=8)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     figure.supxlabel("cache size, % of the 16-bit cache (bytes counted from stored tensors)", fontsize=9)

@@ -1,4 +1,4 @@
-"""One colour and marker a policy, the same in every figure, and in the report."""
+"""One colour and marker a policy, the same in every figure, and in the report; names are drawn as they are."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ _OTHER = ("#56B4E9", "X")
 def look(policy: str) -> tuple[str, str]:
     """Colour and matplotlib's marker of a policy, by its name."""
     return _STYLE.get(policy, _OTHER)
+
+
+def literal(name: str) -> str:
+    """A name for matplotlib, which would read what stands between two dollar signs as a formula, and stop at a wrong one."""
+    return name.replace("$", r"\$")
