@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ KILLS = 10
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
 # Half a second a batch: the jobs of a sweep are at work at the same time, and a signal finds them in a batch.
 SLOW = ["model=tiny-random", "task._target_=slow_lines.SlowLines", "task.lines=3", "task.limit=20", "task.max_new_tokens=4"]
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Also where the tests run under nohup, whose children ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def started(tmp_path: Path, name: str, *overrides: str) -> subprocess.Popen[str]:

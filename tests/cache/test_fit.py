@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from conftest import engine, prompt
+from saved_models import save
 
 from mikv.cache.fit import TOKENS, counted_size, largest_share
 from mikv.config import ConfigError, compose, policy
 from mikv.decoding import Decoding
-from mikv.models.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_fits_no_budget_has_no_share() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_run_has_the_size_that_its_panel_was_fitted_to(head_dim: int, tmp_path: Path) -> None:
     """The budgets of panel=risk, in caches of a model: never above, and not far below."""
-    tiny_config(head_dim=head_dim).save_pretrained(tmp_path)
+    save(tmp_path, head_dim=head_dim)
     run = compose("panel=risk", f"model.path={tmp_path}")
     sizes: dict[str, float] = {}
     of_policies = engine(head_dim=head_dim).generate([prompt(1000)], run.panel, Decoding(1))
