@@ -19,9 +19,9 @@ macOS) RLIMIT_NPROC forbids new processes, on Linux threads too, to everyone but
 
 This is against accidents and simple tricks, not against an attacker. It does not stop a program from reading files that the
 user can read, from using a bug of the kernel, from searching its own memory for the token with which its interpreter reports
-that it ran to the end, or from using all cores until its time is over. Without seccomp it may also lock files that it can read
-and write into named pipes and Unix sockets that it can reach, and root's may start processes, which end with it, and leave keys
-in the kernel. For programs that may be hostile, use a virtual machine.
+that it ran to the end, or from using all cores until its time is over. Without seccomp it may also lock files that it can
+read, write into named pipes and Unix sockets that it can reach, leave keys in the kernel's keyrings, and as root start
+processes, which end with it. For programs that may be hostile, use a virtual machine.
 """
 
 from __future__ import annotations
