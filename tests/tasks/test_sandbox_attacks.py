@@ -162,6 +162,7 @@ ATTACKS: list[tuple[str, str, str]] = [
     ("priority", "os.setpriority(os.PRIO_PROCESS, V, 5)", "nice"),
     ("priority by number", "call('setpriority', 0, V, 5)", "nice"),
     ("priority of a group", "os.setpriority(os.PRIO_PGRP, V, 5)", "nice"),
+    ("priority of a user", "os.setpriority(os.PRIO_USER, os.getuid(), 5)", "nice"),
     ("scheduler", "os.sched_setscheduler(V, os.SCHED_IDLE, os.sched_param(0))", "scheduler"),
     ("scheduler by number", "call('sched_setattr', V, struct.pack('IIQiIQQQ', 48, 3, 0, 0, 0, 0, 0, 0), 0)", "scheduler"),
     ("affinity", "os.sched_setaffinity(V, {min(os.sched_getaffinity(V))})", "affinity"),
@@ -221,8 +222,8 @@ ATTACKS += [
     ("a daemon", f"if os.fork() == 0:\n os.setsid()\n if os.fork() == 0: {LEFT}\n os._exit(0)\ntime.sleep(0.3)", "left"),
     ("many processes", f"for _ in range(20):\n if os.fork() == 0:\n  os.setsid()\n  {LEFT}\ntime.sleep(0.3)", "left"),
 ]
-TOOTHLESS = {"affinity": ONE_CPU, "a daemon": not ROOTS, "many processes": not ROOTS}
-"""Attacks that do nothing even where nothing confines them, if that is so here."""
+TOOTHLESS = {"affinity": ONE_CPU, "a daemon": not ROOTS, "many processes": not ROOTS, "priority of a user": not ROOTS}
+"""Attacks that do nothing even where nothing confines them, if that is so here; and one that would slow down a user's all."""
 NEED_SECCOMP = {"a key"}
 CASES = [pytest.param(*case, id=case[0]) for case in ATTACKS]
 

@@ -109,7 +109,7 @@ def confinement() -> Confinement:
     """What this machine offers, tried once in a process.
 
     Raises:
-        RuntimeError: on Windows, and where the interpreter doesn't start even without any layer.
+        RuntimeError: the interpreter doesn't start even without any layer; ConfinementError: this is Windows.
     """
     return _tried(LAYERS, sys.executable)
 
@@ -167,16 +167,16 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
     any other: a program that writes a file or starts a process gets an OSError.
 
     Raises:
-        ConfinementError: this machine can't confine it, and `permit` was not told to let it run anyway.
-        RuntimeError: on Windows, and where the interpreter doesn't get as far as the program. Counting that as a failure
-            would turn a broken installation into a score of zero.
+        ConfinementError: this machine can't confine it, and `permit` was not told to let it run anyway; or it is Windows.
+        RuntimeError: the interpreter doesn't get as far as the program. Counting that as a failure would turn a broken
+            installation into a score of zero.
     """
     return _run(source, limits, _permitted().layers)
 
 
 def _run(source: str, limits: Limits, layers: Sequence[str]) -> Outcome:
     if sys.platform == "win32":
-        raise RuntimeError("generated programs can't be confined on Windows; use Linux (WSL will do) or macOS")
+        raise ConfinementError("generated programs can't be confined on Windows; use Linux (WSL will do)")
     token = secrets.token_hex(16).encode()
     directory = tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
     numbers = (str(math.ceil(limits.seconds)), str(limits.memory_mb))
