@@ -622,6 +622,18 @@ def test_what_this_machine_offers_is_found() -> None:
     assert sandbox.confinement().layers == tuple(offered), sandbox.confinement()
 
 
+@needs_linux
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv, to be as in a container")
+def test_where_namespaces_are_refused_the_other_layers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_interpreter("exec setpriv --bounding-set=-sys_admin", tmp_path, monkeypatch)
+    found = sandbox.confinement()
+    assert "namespaces" not in found.layers
+    assert re.fullmatch(r"namespaces: PermissionError: .*namespaces refused: Operation not permitted", found.refused[-1])
+    if SECCOMP and LANDLOCK >= 1:
+        assert found.holes == ""
+        passes("pass")
+
+
 def test_a_machine_that_confines_warns_of_nothing(layers: tuple[str, ...]) -> None:
     assert layers == sandbox.LAYERS
     with warnings.catch_warnings():
