@@ -19,14 +19,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from mikv.cli import explained, quiet
+from mikv.credentials import refuse_secret_arguments
 
 quiet()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    from mikv.config import build, tracker
+    from mikv.config import build, refuse_secrets, tracker
 
+    with explained():
+        refuse_secrets(config)
     context = HydraConfig.get()
     chosen = [override.split("=")[0] for override in context.overrides.task]
     swept = context.mode == RunMode.MULTIRUN
@@ -52,6 +55,8 @@ def _noted(config: DictConfig, context: Any) -> AbstractContextManager[Callable[
 
 def check(arguments: list[str]) -> None:
     """Answer a slip at once, before torch is loaded; Hydra's own flags (--help, --cfg, --config-dir) are left to Hydra."""
+    with explained():
+        refuse_secret_arguments(arguments)
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     if not any(argument.startswith("-") for argument in overrides):
         from mikv.config import checked

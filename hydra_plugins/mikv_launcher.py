@@ -16,6 +16,9 @@ from omegaconf import DictConfig
 
 class MikvLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from mikv.sweep.launch import refuse
+
+        refuse(config)  # Hydra writes multirun.yaml next
         self._setting: tuple[Any, Any, DictConfig] = (hydra_context, task_function, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:  # noqa: ARG002

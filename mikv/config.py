@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mikv.credentials import refuse_secret_arguments, refuse_secret_options
 from mikv.options import check_option, near
 from mikv.policy import Policy
 
@@ -50,6 +51,7 @@ def checked(arguments: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError, ValueError: a message for the user.
     """
+    refuse_secret_arguments(arguments)
     overrides = [_parsed(argument) for argument in arguments]
     ours = [override for override in overrides if not override.get_key_element().lstrip("+~").startswith("hydra")]
     values = [_values(override) for override in ours]
@@ -181,6 +183,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError, ValueError, OSError: with a message for the user.
     """
+    refuse_secrets(config)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be set, for example task=lm_eval task.name=hellaswag")
     options = OmegaConf.to_container(config.task, resolve=True)
@@ -215,6 +218,20 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         title=title,
         config=OmegaConf.to_yaml(OmegaConf.create(record)),
     )
+
+
+def refuse_secrets(config: DictConfig) -> None:
+    """Before a configuration is written anywhere: those of a sweep and its jobs are, before anything is built.
+
+    Raises:
+        ConfigError: a secret is in it, on its own or by the environment variable that it names.
+    """
+    try:
+        refuse_secret_options(OmegaConf.to_container(config))
+        without_hydra = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        refuse_secret_options(OmegaConf.to_container(without_hydra, resolve=True))
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def tracker(config: DictConfig) -> Tracker:

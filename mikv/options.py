@@ -14,6 +14,7 @@ from typing import Any
 QUESTIONS = ("visible", "hidden")
 READERS = ("working", "packed", "kernel")
 IMPLEMENTATIONS = ("reference", "triton")
+EXECUTION = (True, False, "unconfined")
 MOST = 10**6
 """Samples, and prompts at a time, beyond which a number is a slip: all requests are encoded before the first is served."""
 
@@ -35,6 +36,8 @@ _KINDS: dict[type, str] = {
     dict: "a mapping, {name: value}",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {"protocol.question": QUESTIONS, "reader": READERS, "attention": IMPLEMENTATIONS}
+# Options that are true, false or a word: their default does not say it.
+_MIXED: dict[str, tuple[bool | str, ...]] = dict.fromkeys(("allow_code_execution", "task.allow_code_execution"), EXECUTION)
 _SHARES = ("keep", "recent", "size")
 _RANGES: dict[str, tuple[int, int]] = {"batch_size": (1, MOST), "task.limit": (1, MOST), "seed": (0, 2**32 - 1)}
 
@@ -50,6 +53,9 @@ def check_option(name: str, given: Any, default: Any) -> None:
     Raises:
         ValueError: the message names the option, what was given and what is wanted.
     """
+    if name in _MIXED:
+        check_choice(name, given, _MIXED[name])
+        return
     nullable = next((kind for known, kind in _NULLABLE.items() if f".{name}".endswith(f".{known}")), None)
     if given is None:
         if default is None or nullable is not None:
@@ -64,14 +70,16 @@ def check_option(name: str, given: Any, default: Any) -> None:
         check_name(given)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[bool | str] | None) -> None:
     """Refuse what is not among the choices (None = anything goes).
 
     Raises:
         ValueError
     """
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name}={value}{near(str(value), choices)}: choose {' or '.join(choices)}")
+    if choices is None or any(value == choice and isinstance(value, type(choice)) for choice in choices):
+        return
+    written = [_written(choice) for choice in choices]
+    raise ValueError(f"{name}={_written(value)}{near(_written(value), written)}: choose {' or '.join(written)}")
 
 
 def check_range(name: str, value: Any) -> None:

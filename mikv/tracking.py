@@ -27,13 +27,13 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from mikv.credentials import names_secret, secret_values
 from mikv.fingerprint import content_fingerprint
 from mikv.records import RecordError
 from mikv.results import Results, ResultsError, measures, read_results
 
 MOST_SAMPLES = 10_000
 """Rows of the table of samples; W&B's tables are not made for more. All are in samples.jsonl."""
-_SECRET = ("key", "token", "secret", "password")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def has_key() -> bool:
 
 def without_secrets(text: str) -> str:
     """The text without the values of environment variables that are named like secrets."""
-    values = [value for name, value in os.environ.items() if value and len(value) >= 8 and _names_secret(name)]
-    for value in sorted(values, key=len, reverse=True):
+    for value in secret_values():
         text = text.replace(value, "***")
     return text
 
@@ -137,16 +136,12 @@ def without_secret_options(options: Any) -> Any:
     """A configuration without the values of options that are named like secrets (`hub_token`, not `max_new_tokens`)."""
     if isinstance(options, Mapping):
         return {
-            name: "***" if value and _names_secret(str(name)) and isinstance(value, str) else without_secret_options(value)
+            name: "***" if value and names_secret(str(name)) and isinstance(value, str) else without_secret_options(value)
             for name, value in options.items()
         }
     if isinstance(options, list):
         return [without_secret_options(value) for value in options]
     return without_secrets(options) if isinstance(options, str) else options
-
-
-def _names_secret(name: str) -> bool:
-    return name.lower().endswith(_SECRET)
 
 
 def push(folder: Path, options: Tracker) -> str:

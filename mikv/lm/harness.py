@@ -31,6 +31,7 @@ from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer
 from mikv.scoring import Fidelity
 from mikv.tasks.data import cluster
+from mikv.tasks.sandbox import permit
 from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
 
 # Documents of each task that a subset takes; None = all.
@@ -65,7 +66,8 @@ class Harness:
         window, head: of `loglikelihood_rolling`, see mikv.lm.model.
         metadata: for tasks that make their data (RULER: max_seq_lengths).
         include: a folder with task YAMLs in lm-eval's format, instead of its own.
-        allow_code_execution: run code that the model writes, confined (mikv.tasks.sandbox).
+        allow_code_execution: run code that the model writes, confined (mikv.tasks.sandbox); `unconfined` = also where this
+            machine can't confine it.
     """
 
     name: str
@@ -83,7 +85,7 @@ class Harness:
     head: int = 512
     metadata: Mapping[str, Any] | None = None
     include: str | None = None
-    allow_code_execution: bool = False
+    allow_code_execution: bool | str = False
 
     def __post_init__(self) -> None:
         if self.subset not in SUBSETS:
@@ -104,6 +106,9 @@ class Harness:
                 f"protocol.question={question}: lm-eval's tasks do not say where their question begins, so the cache can't "
                 "be compressed before it; use protocol.question=visible"
             )
+        for name in self.tasks or [self.name]:
+            if name in _OWN:  # before anybody waits for data
+                self._check_execution(name)
         tops = self.load(spec, seed)
         tasks = _leaves(tops)
         for name, task in tasks.items():
@@ -150,12 +155,17 @@ class Harness:
             return
         if name not in _OWN:
             raise ValueError(f"{name} runs code that the model writes, and not in this project's confinement; not supported")
-        if not self.allow_code_execution:
+        self._check_execution(name)
+
+    def _check_execution(self, name: str) -> None:
+        """Of a task that runs code in this project's confinement: may it, and does this machine confine it?"""
+        if self.allow_code_execution is not True and self.allow_code_execution != "unconfined":
             raise ValueError(
-                f"{name} runs code that the model writes. It is confined in time, memory and, where Linux can do it, files "
-                "and network: against accidents, not attackers (mikv/tasks/sandbox.py). Say allow_code_execution=true where "
-                "that is good enough"
+                f"{name} runs code that the model writes. It is confined: no files, no network, no other processes, limited "
+                "time and memory; against accidents and simple tricks, not attackers (mikv/tasks/sandbox). Say "
+                "allow_code_execution=true where that is good enough"
             )
+        permit(unconfined=self.allow_code_execution == "unconfined")
 
     def _configure(self, task: Task, seed: int) -> None:
         """As lm_eval.simple_evaluate does it."""

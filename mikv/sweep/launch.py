@@ -19,7 +19,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import filter_overrides
 from omegaconf import DictConfig
 
-from mikv.config import ConfigError
+from mikv.cli import explained
+from mikv.config import ConfigError, refuse_secrets
 from mikv.config import launcher as configured
 from mikv.stopping import Stopped
 from mikv.sweep.folder import SweepError, SweepFolder
@@ -28,6 +29,12 @@ from mikv.sweep.overview import print_overview
 from mikv.sweep.status import TO_DO, status
 
 ROOT = Path(__file__).parents[2]
+
+
+def refuse(config: DictConfig) -> None:
+    """Before anything of a sweep is written: end the program if its configuration holds a secret."""
+    with explained():
+        refuse_secrets(config)
 
 
 def launch(context: Any, function: Any, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:

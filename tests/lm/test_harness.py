@@ -21,6 +21,7 @@ from mikv.models.tiny import byte_tokenizer
 from mikv.records import read_rows
 from mikv.run import Run
 from mikv.runner import RunError, execute
+from mikv.tasks import sandbox
 
 MODEL = ModelSpec("tiny-random")
 PANEL = (policy("full"), policy("mikv"), policy("uniform", {"tier.bits": 2}), policy("h2o", {"keep": 0.1}))
@@ -264,6 +265,28 @@ def test_generated_code_runs_only_when_it_is_allowed(tmp_path: Path, monkeypatch
     assert len(ran) == 1
     assert ran[0].startswith(PROBLEM["prompt"])
     assert ran[0].endswith("check(add)")
+
+
+@pytest.mark.parametrize("allowed", [False, "yes", 1])
+def test_generated_code_is_refused_before_its_data_are_looked_for(tmp_path: Path, allowed: Any) -> None:
+    with pytest.raises(ValueError, match="allow_code_execution=true"):
+        run(Harness("humaneval", allow_code_execution=allowed, data_dir=str(tmp_path / "nowhere")), tmp_path).open()
+
+
+@pytest.mark.usefixtures("own")
+def test_where_generated_code_can_not_be_confined_the_user_must_insist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "LAYERS", ())
+    write(tmp_path / "HumanEval.jsonl", [PROBLEM])
+    options: dict[str, Any] = {"data_dir": str(tmp_path), "gen_kwargs": {"max_gen_toks": 8}}
+    with pytest.raises(sandbox.ConfinementError, match="allow_code_execution=unconfined"):
+        run(Harness("humaneval", allow_code_execution=True, data_dir=str(tmp_path / "nowhere")), tmp_path).open()
+    try:
+        with pytest.warns(RuntimeWarning, match="generated programs may reach the network"):
+            (row,) = execute(run(Harness("humaneval", allow_code_execution="unconfined", **options), tmp_path, PANEL[:1]))
+        assert (row["metric"], row["value"]) == ("pass@1", 0.0)
+    finally:
+        with pytest.raises(sandbox.ConfinementError):  # not the next run's
+            run(Harness("humaneval", allow_code_execution=True, **options), tmp_path).open()
 
 
 def test_a_task_that_loads_the_tokenizer_itself_gets_a_copy_that_names_no_code(
