@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_NAMES = re.compile(r"(?:(?:^|[^a-z])key|apikey|token|secret|password|passwd|credentials?)$")
+_NAMES = re.compile(r"(?:[_-]key|apikey|token|secret|password|passwd|credentials?)$")
 # What services give out, wherever it stands: Hugging Face, W&B, OpenAI and others, GitHub; and an address with a password.
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{20,}|wandb_v\d+_\w{10,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,})"

@@ -108,9 +108,12 @@ def test_a_script_is_refused_as_a_command_line_is() -> None:
     [
         *(
             (name, True)
-            for name in ("token", "HF_TOKEN", "api_key", "WANDB_API_KEY", "apikey", "x.key", "db-password", "hubToken")
+            for name in ("token", "HF_TOKEN", "api_key", "WANDB_API_KEY", "apikey", "my-key", "db-password", "hubToken")
         ),
-        *((name, False) for name in ("max_new_tokens", "key_bits", "niah_multikey", "monkey", "keys", "tokenizer", "name")),
+        *(
+            (name, False)
+            for name in ("max_new_tokens", "key_bits", "low.key", "niah_multikey", "monkey", "keys", "tokenizer", "name")
+        ),
     ],
 )
 def test_names(name: str, secret: bool) -> None:
@@ -123,7 +126,12 @@ CONFIGURED = "# @package _global_\nname: {}\nmodel:\n  adapter: {}\n"
 @pytest.mark.parametrize(
     "line",
     [
-        *(f"+tracker.api_key={PLAIN}", f"+foo=[{HF}", f"-m name={HF},b", f"-m seed=0,1 launcher=local +launcher.key={PLAIN}"),
+        *(
+            f"+tracker.api_key={PLAIN}",
+            f"+foo=[{HF}",
+            f"-m name={HF},b",
+            f"-m seed=0,1 launcher=local +launcher.api_key={PLAIN}",
+        ),
         *(f"--cfg job name={HF}", f"--info all name={HF}", f"--config-dir={HF}", f"hydra.sweep.dir=/tmp/{HF} -m seed=0,1"),
         *("--config-dir=FOLDER experiment=private", "--config-dir=FOLDER -m experiment=private seed=0,1"),
         *("--config-dir=FOLDER experiment=by_environment", "--config-dir=FOLDER -m experiment=by_environment seed=0,1"),
