@@ -146,7 +146,7 @@ A, B = row(0), row(1)
         (lines(A, B | {"version": VERSION + 1}), 1, f"WRONG run: .*records of version {VERSION + 1}"),
         (lines(A), 1, "WRONG run: the summary counts 2 samples of full, and 1 are there"),
         (lines(A, B, row(2)), 1, "WRONG run: the summary counts 2 samples of full, and 3 are there"),
-        (lines(A, B | {"score": 0.0}), 1, r"WRONG run: full: the summary says ci95 = \[.*, its samples "),
+        (lines(A, B | {"score": 0.0}), 1, "WRONG run: full: the summary says value = 1.0, its samples 0.5"),
         (lines(A, B | {"invented": True}), 1, "WRONG run: full: the summary says rates = "),
         (lines(A, B | {"nbytes": {"raw": 900}}), 1, "WRONG run: full: the summary says size_percent = 100.0, its samples 95.0"),
         (lines(A, B | {"doc_id": 7}), 1, "WRONG run: 1 samples are not of this run: .* is not the key of what"),
@@ -173,6 +173,13 @@ def test_check_finds_what_is_wrong(
     told = capsys.readouterr().out.replace("\n", " ")
     assert re.search(message, told), told
     assert (tmp_path / "run" / "samples.jsonl").read_text() == text
+
+
+def test_check_finds_a_summary_that_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = write(tmp_path / "run", A, B) / "summary.jsonl"
+    summary.write_text(summary.read_text().replace('"value": 1.0', '"value": 0.9', 1))
+    assert main(["check", str(tmp_path)]) == 1
+    assert "full: the summary says value = 0.9, its samples 1.0" in capsys.readouterr().out
 
 
 def test_check_finds_damaged_files_and_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from mikv.metrics.combine import combine
@@ -49,9 +50,9 @@ def _differences(said: Row, mine: Sequence[Row], baseline: Mapping[str, Row]) ->
         for name, part in said["parts"].items():
             flags, value = tuple(part["rates"]), part["value"]
             counted = summarize(own[name], whole[name], flags, value, part["kind"], part["lower_is_better"])
-            yield from (f"{what} (part {name})" for what in _unlike(part, counted))
+            yield from (f"{what} (part {name})" for what in _unlike(part, counted, _scores(own[name])))
         again |= combine(own, whole, said["parts"], said["risks"])
-    yield from _unlike(said, again)
+    yield from _unlike(said, again, _scores(mine))
 
 
 def _by_part(said: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -59,10 +60,17 @@ def _by_part(said: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: part_rows(rows, name, said["risks"][name], part["kind"]) for name, part in said["parts"].items()}
 
 
-def _unlike(said: Row, again: Row) -> Iterator[str]:
+def _unlike(said: Row, again: Row, scores: Sequence[float]) -> Iterator[str]:
+    if said["stderr"] is not None and again["stderr"] is None:  # so the value was their mean (see `summarize`)
+        yield f"value = {said['value']}, its samples {fmean(scores) if scores else None}"
+        return
     for name, value in again.items():
         if not _close(said.get(name), value):
             yield f"{name} = {said.get(name)}, its samples {value}"
+
+
+def _scores(rows: Sequence[Row]) -> list[float]:
+    return [float(row["score"]) for row in rows if row["score"] is not None]
 
 
 def _close(one: Any, other: Any) -> bool:
