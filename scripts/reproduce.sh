@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every table and figure of README and results/reference, on the two models that run on a laptop.
+# Every table and figure of README, results/reference and its notebooks, on the two models that run on a laptop.
 #
 #   DATA=FOLDER scripts/reproduce.sh          FOLDER: README, "Data without the hub"; without it, what needs data is left out
 #   LIMIT=20 scripts/reproduce.sh             fewer samples
 #
-# Hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
+# One to four hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -43,3 +43,19 @@ fi
 "$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py --summaries "${SMALL[@]/#/results/runs/}" "${RISKS[@]/#/results/runs/}"
+
+cp results/runs/recall-linerecall/curve.png results/figures/demo.png
+cp results/runs/135m-fidelity/curve.png results/figures/fidelity.png
+if [ -n "${DATA:-}" ]; then
+  cp results/runs/recall-contextloss/depth.png results/figures/depth-smollm2-recall.png
+fi
+"$PYTHON" - <<'END'  # not jupyter execute, which writes the time of day into each cell
+import nbformat
+from nbclient import NotebookClient
+
+for name in ("curves", "risks"):
+    notebook = nbformat.read(f"results/{name}.ipynb", as_version=4)
+    NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": "results"}}).execute()
+    nbformat.write(notebook, f"results/{name}.ipynb")
+END
+"$PYTHON" -m mikv.records check results/reference
