@@ -19,7 +19,7 @@ import torch
 from conftest import IDENTITY, ROOT
 
 from mikv.records import VERSION, RecordError, RunFolder, read_environments, read_rows, write_atomically
-from mikv.records.environment import environment, summarized
+from mikv.records.environment import code_state, environment, summarized
 
 
 def folder(path: Path, identity: dict[str, Any] | None = None, config: str = "seed: 0\n") -> RunFolder:
@@ -191,6 +191,26 @@ def test_an_environment_says_what_numbers_depend_on() -> None:
     assert found["threads"] == torch.get_num_threads()
     assert {"git_dirty", "cuda", "gpus", "driver", "processor", "cpu_capability", "python"} <= found.keys()
     assert os.uname().nodename not in json.dumps(found)
+
+
+def test_code_is_dirty_where_code_was_changed_not_where_a_figure_was_drawn(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert code_state(tmp_path) == {"git_commit": None, "git_dirty": None}
+    code, figure = tmp_path / "mikv" / "code.py", tmp_path / "results" / "figure.png"
+    for file in (code, figure):
+        file.parent.mkdir()
+        file.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert code_state(code.parent)["git_dirty"] is False
+    figure.write_text("after")
+    assert code_state(code.parent)["git_dirty"] is False
+    code.write_text("after")
+    assert code_state(code.parent)["git_dirty"] is True
 
 
 @pytest.mark.parametrize("precious", ["config.yaml", "notes.txt", ".git"])

@@ -21,13 +21,12 @@ PACKAGES = ("torch", "transformers", "lm-eval", "tokenizers", "triton", "peft", 
 def environment() -> dict[str, Any]:
     """Of this process, as JSON values; None = not known, or not there.
 
-    git_commit, git_dirty: of the project's code; python; packages: versions; cuda: torch's CUDA (or ROCm) version; gpus: names;
-    driver: of NVIDIA; processor, processors: kind and number; cpu_capability: instruction set that torch uses; threads: of it.
+    git_commit, git_dirty: of the project's code (not of results/, where runs and figures are written); python; packages:
+    versions; cuda: torch's CUDA (or ROCm) version; gpus: names; driver: of NVIDIA; processor, processors: kind and number;
+    cpu_capability: instruction set that torch uses; threads: of it.
     """
-    status = _said("git", "-C", str(Path(__file__).parent), "status", "--porcelain")
     return {
-        "git_commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        **code_state(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": _versions(),
         "system": platform.platform(),
@@ -35,6 +34,13 @@ def environment() -> dict[str, Any]:
         "processors": os.cpu_count(),
         **(_of_torch() if "torch" in sys.modules else {}),  # whoever computed something has loaded it
     }
+
+
+def code_state(folder: Path) -> dict[str, Any]:
+    """git_commit and git_dirty of the checkout that a folder lies in."""
+    git = ("git", "-C", str(folder))
+    status = _said(*git, "status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
+    return {"git_commit": _said(*git, "rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
 
 
 def _of_torch() -> dict[str, Any]:
