@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 # How strongly labels push each other away, and how far in one step, in pixels; one after the other until no label lies on
 # another: no single choice suits all figures.
-_PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10))
+_PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (0.5, 5))
 
 
 def curve_figure(rows: Sequence[Row]) -> Any:
@@ -72,7 +72,7 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
     for push in _PUSHES:
         force, step = push
         for text, start in zip(texts, starts, strict=True):
-            text.set_position(start)
+            text.set(position=start, ha="left", va="baseline")  # the library centres them
         _, arrows = adjust_text(
             texts,
             x=[row["size_percent"] for row in rows],
