@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mikv.metrics.combine import combine
-from mikv.metrics.summary import summarize
+from mikv.metrics.summary import NAMES, circumstances, summarize
 from mikv.records import RecordError
 from mikv.work.base import Unit, Work
 from mikv.work.suite import SuiteWork
@@ -93,22 +93,15 @@ def _summary_row(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -
         raise RecordError(f"sample {unpaired[0]} of {rows[0]['label']} has no record of the full cache: a line was removed")
     scores = work.summarize(rows)
     return {
-        **{name: rows[0][name] for name in ("policy", "label", "model", "task", "question")},
+        **{name: rows[0][name] for name in NAMES},
         "metric": work.metric,
         "lower_is_better": work.lower_is_better,
         **summarize(rows, baseline, work.flags, scores.value, work.kind, work.lower_is_better),
         **_parts(work, rows, baseline),
         "scores": dict(scores.scores),
         "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
-        "size_percent_paper": rows[0]["size_percent_paper"],
-        **{name: _values(rows, name) for name in ("reader", "attention", "environment")},
-        "batch_size": sorted({row["batch"][0] for row in rows}),
+        **circumstances(rows),
     }
-
-
-def _values(rows: Sequence[Row], name: str) -> list[Any]:
-    """Each value that a field has, once: a resumed run may have several."""
-    return list(dict.fromkeys(row[name] for row in rows))
 
 
 def _parts(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -> Row:

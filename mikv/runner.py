@@ -66,15 +66,24 @@ def _finished(run: Run, work: Work, units: Sequence[Unit]) -> Summarized | None:
         return None
     summary, collected = _summarize(run, work, units, done)
     file = folder / "summary.jsonl"
-    if not file.exists() or file.read_text(encoding="utf-8") != to_lines(summary):
+    if not file.exists() or not _says(file.read_text(encoding="utf-8"), summary):
         return None
     print(f"{folder}: all {len(units)} samples are done already")
     return summary, collected
 
 
+def _says(text: str, summary: Sequence[Row]) -> bool:
+    """Whether a summary has these rows, in any order: that of an earlier command with another panel is as good."""
+    return sorted(text.splitlines()) == sorted(to_lines(summary).splitlines())
+
+
+def _records(run: Run) -> RunFolder:
+    return RunFolder(run.folder(), run.identity, run.config, device=run.model.device_name())
+
+
 def _complete(run: Run, work: Work, units: Sequence[Unit]) -> Summarized:
     """Compute what is missing in the run's folder, and write its summary."""
-    with Stopping() as stopping, RunFolder(run.folder(), run.identity, run.config) as records:
+    with Stopping() as stopping, _records(run) as records:
         done = records.samples()
         collect(done, units, list(run.policy_ids.values()))  # what can't be summarized is refused before more is computed
         todo = _missing(run, units, done)

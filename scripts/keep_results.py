@@ -9,6 +9,7 @@ With --summaries no sample: what models say to harmful requests, and published d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -34,12 +35,15 @@ def keep(results: Results, panel: str | None, folder: Path, samples: bool = True
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    about = {"identity": results.about["identity"], "panel": panel, "kept": "flips" if samples else "summary"}
-    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    write_atomically(folder / "environments.jsonl", "".join(environments))
-    write_atomically(folder / "summary.jsonl", to_lines(results.summary))
+    texts = {"environments.jsonl": "".join(environments), "summary.jsonl": to_lines(results.summary)}
     if samples:
-        write_atomically(folder / "samples.jsonl", "".join(map(to_line, rows.values())))
+        texts["samples.jsonl"] = "".join(map(to_line, rows.values()))
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    about = {"identity": results.about["identity"], "panel": panel, "kept": "flips" if samples else "summary"}
+    # the samples that a summary could be counted from again are not all there: `records check` compares these
+    about["sha256"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

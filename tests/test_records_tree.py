@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +184,104 @@ def test_check_finds_a_summary_that_was_edited(tmp_path: Path, capsys: pytest.Ca
     assert "full: the summary says value = 0.9, its samples 1.0" in capsys.readouterr().out
 
 
+# Of a summary: what no sample says, and what is the same with the full cache's and another policy's samples.
+UNCHECKED = ("metric", "kind", "lower_is_better")
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all numbers, texts and Nones in an object."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for name, one in items for leaf in leaves(one, (*path, name))]
+    return [path]
+
+
+def edited(value: Any, path: tuple[Any, ...]) -> Any:
+    """With another value at the path."""
+    if not path:
+        return not value if isinstance(value, bool) else 2 * value + 1 if isinstance(value, int | float) else f"{value}x"
+    changed = copy.deepcopy(value)
+    changed[path[0]] = edited(value[path[0]], path[1:])
+    return changed
+
+
+@pytest.fixture
+def whole_run(tmp_path: Path) -> Path:
+    """A run of three policies that check finds nothing wrong with."""
+    identity = {"model": {"name": "tiny"}, "task": {"name": "digits"}, "protocol": {"question": "visible"}}
+    folder = tmp_path / "tree" / "run"
+    with RunFolder(folder, identity, "a: 1\n") as run:
+        rows = [one | {"policy_id": one["policy"], "doc_id": int(one["sample"])} for one in written_run.samples()]
+        kept = run.append([one | {"key": record_key(identity, one["policy_id"], one)} for one in rows])
+        run.write_summary(written_run.summary(kept))
+    assert main(["check", str(folder.parent)]) == 0
+    return folder
+
+
+def test_check_sees_every_number_of_a_summary_that_was_edited(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = whole_run / "summary.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    paths = [path for path in leaves(rows[1]) if path[0] not in UNCHECKED]
+    assert len(paths) > 50
+    for path in paths:
+        file.write_text("".join(json.dumps(one) + "\n" for one in [rows[0], edited(rows[1], path), rows[2]]))
+        assert main(["check", str(whole_run.parent)]) == 1, path
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["summary.jsonl", "samples.jsonl"])
+def test_check_says_where_a_field_is_missing_and_goes_on(
+    name: str, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole_run, whole_run.parent / "zz")
+    file = whole_run / name
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    optional = {"version", "by_task", "ended", "correct", "answer", "target", "size_percent_paper"}
+    for field in rows[1].keys() - optional:
+        lacking = [{of: one for of, one in row.items() if of != field} for row in rows[1:2]]
+        file.write_text("".join(json.dumps(one) + "\n" for one in [rows[0], *lacking, *rows[2:]]))
+        assert main(["check", str(whole_run.parent)]) == 1, field
+        told = capsys.readouterr().out
+        assert "WRONG run: " in told, field
+        assert "2 runs" in told, field
+
+
+@pytest.mark.parametrize("name", ["correct", "score", "model", "task", "question", "label", "policy"])
+def test_check_sees_a_sample_that_was_edited(name: str, whole_run: Path) -> None:
+    file = whole_run / "samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines[9] = json.dumps(edited(json.loads(lines[9]), (name,))) + "\n"
+    file.write_text("".join(lines))
+    assert main(["check", str(whole_run.parent)]) == 1
+
+
+def test_check_counts_the_last_record_of_a_sample_whose_content_has_changed(
+    whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = json.loads((whole_run / "run.json").read_text())["identity"]
+    before = json.loads((whole_run / "samples.jsonl").read_text().splitlines()[8])
+    with RunFolder(whole_run, identity, "a: 1\n") as run:
+        changed = before | {"asked": "other gold", "score": 0.0, "correct": False}
+        run.append([changed | {"key": record_key(identity, before["policy_id"], changed)}])
+        last = {(one["label"], one["sample"]): one for one in run.samples().values()}
+        run.write_summary(written_run.summary(list(last.values())))
+    assert main(["check", str(whole_run.parent)]) == 0
+    assert "0 problems, 0 notes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "other", [{"target": "7"}, {"prompt_tokens": 3}, {"label": "else"}, {"cut_tokens": 5}], ids=lambda of: next(iter(of))
+)
+def test_merge_takes_no_contradiction_for_rounding(
+    other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is known before anything is computed is moved by no batch."""
+    write(tmp_path / "here" / "run", row(0))
+    write(tmp_path / "there" / "run", row(0, batch=[1, 2], **other))
+    assert main(["merge", str(tmp_path / "there"), str(tmp_path / "here")]) == 2
+    assert "two outcomes for" in capsys.readouterr().err
+
+
 def test_check_finds_damaged_files_and_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (write(tmp_path / "one", row(0)) / "run.json").write_text("{")
     (write(tmp_path / "two", row(0)) / "summary.jsonl").write_text('{"half')
@@ -218,3 +318,17 @@ def test_check_counts_the_flips_of_a_kept_result_set(
     harm(tmp_path / "kept" / "run" / "samples.jsonl")
     assert main(["check", str(tmp_path / "kept")]) == status
     assert ("WRONG run: the summary counts 6 lost and 1 gained samples of h2o 20%" in capsys.readouterr().out) == bool(status)
+
+
+def test_check_sees_a_kept_summary_that_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its samples are not there: it is compared with what was kept."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import keep_results
+
+    written_run.write_run(tmp_path / "run")
+    assert keep_results.main([str(tmp_path / "run"), "--into", str(tmp_path / "kept"), "--summaries"]) == 0
+    assert main(["check", str(tmp_path / "kept")]) == 0
+    summary = tmp_path / "kept" / "run" / "summary.jsonl"
+    summary.write_text(summary.read_text().replace('"size_percent": 20.0', '"size_percent": 10.0'))
+    assert main(["check", str(tmp_path / "kept")]) == 1
+    assert "WRONG run: summary.jsonl is not as it was kept" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mikv.metrics.summary import summarize
+from mikv.metrics.summary import NAMES, circumstances, summarize
 from mikv.records import RunFolder
 
 Row = dict[str, Any]
@@ -38,6 +38,12 @@ def samples(answers: Mapping[tuple[str, str], Sequence[str]] = ANSWERS) -> list[
             "seen_tokens": 10,
             "nbytes": BYTES[policy],
             "full_nbytes": 1000,
+            "size_percent_paper": 20.0,
+            "allocated_nbytes": 1100,
+            "peak_nbytes": 10**9,
+            "reader": "working",
+            "attention": "torch",
+            "batch": [4, 3],
             "answer": answer,
             "target": str(i),
             "score": float(answer == str(i)),
@@ -56,7 +62,8 @@ def samples(answers: Mapping[tuple[str, str], Sequence[str]] = ANSWERS) -> list[
 
 def divergences() -> list[Row]:
     """The same rows of a task whose score is the divergence, such as fidelity."""
-    return [row | {"task": "texts", "score": row["kl"]} for row in samples()]
+    rows = [row | {"task": "texts", "score": row["kl"]} for row in samples()]
+    return [{name: value for name, value in row.items() if name != "correct"} for row in rows]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -67,14 +74,14 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         by_label.setdefault(row["label"], []).append(row)
     twins = {row["sample"]: row for row in rows if row["policy"] == "full"}
     made = []
-    for label, mine in by_label.items():
+    for mine in by_label.values():
         value = sum(row["score"] for row in mine) / len(mine)
-        head = {name: mine[0][name] for name in ("policy", "model", "task", "question")}
-        rest = {"scores": {metric: value}, "by_task": {}, "size_percent_paper": 20.0}
         made.append(
-            {"label": label, "metric": metric, "lower_is_better": lower, **head}
+            {name: mine[0][name] for name in NAMES}
+            | {"metric": metric, "lower_is_better": lower}
             | summarize(mine, twins, ("invented",), value, kind, lower)
-            | rest
+            | {"scores": {metric: value}, "by_task": {}}
+            | circumstances([{"environment": "unknown"} | row for row in mine])
         )
     return made
 
@@ -83,8 +90,7 @@ def write_run(path: Path, rows: Sequence[Row] | None = None) -> Path:
     """The folder of a run that has ended."""
     rows = samples() if rows is None else rows
     with RunFolder(path, {"model": {"name": "tiny", "weights": "random", "dtype": "float32"}}, "seed: 0\n") as run:
-        run.append(rows)
-        run.write_summary(summary(rows))
+        run.write_summary(summary(run.append(rows)))
     return path
 
 

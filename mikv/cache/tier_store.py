@@ -189,8 +189,10 @@ class TierStore:
         return per_part
 
     def allocated(self) -> int:
-        """Bytes of all slots of one row, used or not: what these tensors take of the memory."""
-        return self.slots * sum(slot_bytes for _, slot_bytes in self._slot_bytes())
+        """Bytes of all slots of one row, used or not: what these tensors take of the memory. With what is not counted
+        as stored, because only a dense copy beside the store reads it: tracked positions."""
+        layers, _, heads = self._shape[:3]
+        return self.slots * sum(part.shape[4] * part.element_size() * layers * heads for part in self.parts.values())
 
     def _slot_bytes(self) -> Iterator[tuple[str, int]]:
         """Parts that are counted, and the bytes of one of their slots in all layers and heads of a row."""

@@ -8,9 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from mikv.metrics.combine import combine
-from mikv.metrics.summary import part_rows, summarize
+from mikv.metrics.summary import NAMES, circumstances, part_rows, summarize
 
 Row = dict[str, Any]
+
+
+_NOT_COUNTED = {*NAMES, "metric", "lower_is_better", "scores", "by_task", "parts", "risks"}
+"""Fields of a summary that are not counted from samples alone, or elsewhere."""
 
 
 def summary_differences(summary: Sequence[Row], rows: Sequence[Row]) -> list[str]:
@@ -44,6 +48,12 @@ def _unsaid(summary: Sequence[Row], by_label: Mapping[str, Sequence[Row]]) -> li
 
 def _differences(said: Row, mine: Sequence[Row], baseline: Mapping[str, Row]) -> Iterator[str]:
     again = summarize(mine, baseline, tuple(said["rates"]), said["value"], said["kind"], said["lower_is_better"])
+    again |= circumstances(mine)
+    for name in NAMES:
+        if any(row[name] != said[name] for row in mine):
+            yield f"{name} = {said[name]}, its samples {', '.join(sorted({str(row[name]) for row in mine}))}"
+    if said["metric"] in said["scores"]:
+        again["scores"] = {**said["scores"], said["metric"]: said["value"]}
     if "parts" in said:
         own, full = (_by_part(said, rows) for rows in (mine, list(baseline.values())))
         whole = {name: {row["sample"]: row for row in rows} for name, rows in full.items()}
@@ -65,8 +75,10 @@ def _unlike(said: Row, again: Row, scores: Sequence[float]) -> Iterator[str]:
         yield f"value = {said['value']}, its samples {fmean(scores) if scores else None}"
         return
     for name, value in again.items():
-        if not _close(said.get(name), value):
+        if name not in said or not _close(said[name], value):
             yield f"{name} = {said.get(name)}, its samples {value}"
+    for name in said.keys() - again.keys() - _NOT_COUNTED:
+        yield f"{name} = {said[name]}, its samples nothing"
 
 
 def _scores(rows: Sequence[Row]) -> list[float]:

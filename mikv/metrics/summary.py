@@ -99,6 +99,21 @@ def summarize(
     return summary
 
 
+NAMES = ("policy", "label", "model", "task", "question")
+"""Of which policy and question a summary is: the same in all of its samples."""
+
+
+def circumstances(samples: Sequence[Row]) -> Row:
+    """How a policy's samples were computed: each value once, as a resumed run may have several; memory; the paper's size."""
+    return {
+        "size_percent_paper": samples[0]["size_percent_paper"],
+        **{name: sorted({row[name] for row in samples}) for name in ("reader", "attention", "environment")},
+        "batch_size": sorted({row["batch"][0] for row in samples}),
+        "allocated_nbytes": fmean(row["allocated_nbytes"] for row in samples),
+        "peak_nbytes": max((row["peak_nbytes"] for row in samples if row["peak_nbytes"] is not None), default=None),
+    }
+
+
 def clusters_of(rows: Sequence[Row]) -> list[str] | None:
     """What each sample shares with others (`cluster`), None where all are independent."""
     names = [cluster_of(row) for row in rows]

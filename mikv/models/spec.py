@@ -91,6 +91,14 @@ class ModelSpec:
             raise ValueError(f"model.device={self.device}: {there}; choose model.device=cpu or auto")
         return device
 
+    def device_name(self) -> str:
+        """`cpu`, or what the GPU is called; with a device_map all GPUs that the process sees. Raises ValueError: see above."""
+        device = self.resolve_device()
+        if device.type == "cpu":
+            return "cpu"
+        used = [device.index or 0] if self.device_map is None else range(torch.cuda.device_count())
+        return ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in used))
+
     def resolve_dtype(self) -> torch.dtype:
         """auto = float32 on a CPU, where bfloat16 is slow or emulated, bfloat16 elsewhere.
 

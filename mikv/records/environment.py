@@ -71,8 +71,8 @@ def _short(environment: dict[str, Any], name: str) -> str:
         commit = environment.get("git_commit")
         return f"{commit[:8]}{'+' if environment.get('git_dirty') else ''}" if commit else ""
     if name == "device":
-        gpus = dict.fromkeys(environment.get("gpus") or ())
-        return ", ".join(gpus) or f"CPU {environment.get('cpu_capability', '')}".strip()
+        used = environment.get("device") or ", ".join(dict.fromkeys(environment.get("gpus") or ())) or "cpu"
+        return f"CPU {environment.get('cpu_capability', '')}".strip() if used == "cpu" else str(used)
     return str(environment.get("packages", {}).get(name, ""))
 
 

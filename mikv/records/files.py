@@ -13,7 +13,7 @@ from typing import Any
 Row = dict[str, Any]
 
 # Raised when the meaning of a stored field changes; lines of another version are refused, not misread.
-VERSION = 1
+VERSION = 2
 
 
 class RecordError(RuntimeError):

@@ -30,14 +30,17 @@ class RunFolder:
             is refused.
         config: the resolved configuration as YAML text.
         lease: see Claim.
+        device: where the model runs, for the environment that rows name; None = not known.
 
     Raises:
         RecordError: on entering and in all methods; the message says what to do. A folder that holds files and is no run's is
             refused before anything is written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], config: str, lease: float = LEASE) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], config: str, lease: float = LEASE, device: str | None = None
+    ) -> None:
+        self.path, self._device = path, device
         self._identity, self._config, self._lease = identity, config, lease
         self._samples = path / "samples.jsonl"
         self._claim: Claim | None = None
@@ -88,7 +91,8 @@ class RunFolder:
             self._descriptor = self._own_file()
         if self._environment is None and not all("environment" in row for row in rows):
             self._environment = uuid.uuid4().hex[:8]
-            self.add_environments({self._environment: {"began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment()}})
+            mine = {"began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "device": self._device, **environment()}
+            self.add_environments({self._environment: mine})
         whole = os.fstat(self._descriptor).st_size
         kept = [{"environment": self._environment, **row} for row in rows]
         text = "".join(map(to_line, kept)).encode()

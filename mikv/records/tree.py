@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,6 +20,11 @@ from mikv.records.folder import RunFolder, read_about, read_environments, read_i
 _CIRCUMSTANCES = ("environment", "batch", "reader", "attention")
 """Fields of a sample that say how it was computed: where they differ, numbers round otherwise, a code at a tie may flip, and
 now and then an answer."""
+_FIXED = (
+    *("policy", "policy_id", "label", "model", "task", "question", "sample", "subtask", "doc_id", "asked", "target"),
+    *("prompt_tokens", "cut_tokens", "lines", "depth", "cluster"),
+)
+"""Fields that are known before anything is computed: no circumstances move them."""
 _FREE = (*_CIRCUMSTANCES, "seconds", "allocated_nbytes", "peak_nbytes")
 """Fields of a sample in which two computations of one key may differ."""
 
@@ -105,7 +111,10 @@ def check(folder: Path) -> list[Problem]:
             kind = _compare(before, row, environments, environments)
             found(f"{row['key']} is there twice, {kind}", grave=kind == _CONTRADICTION)
     rows = list(by_key.values())
-    if kept := read_about(folder).get("kept"):
+    about = read_about(folder)
+    if kept := about.get("kept"):
+        for name in _edited(folder, about.get("sha256", {})):
+            found(f"{name} is not as it was kept: edited, or of another time than run.json")
         for what in _kept_problems(kept, summary, rows) if summary else ["there is no summary"]:
             found(what)
         return problems
@@ -113,14 +122,41 @@ def check(folder: Path) -> list[Problem]:
         found(
             f"{len(foreign)} samples are not of this run: {foreign[0]['key']} is not the key of what run.json and the row say"
         )
+    if contradicting := [row for row in rows if "correct" in row and float(bool(row["correct"])) != row.get("score")]:
+        found(f"{len(contradicting)} samples say one thing as correct and another as score: {contradicting[0]['key']}")
     if unknown := {str(row.get("environment")) for row in rows} - environments.keys():
         found(f"rows name environments that are not noted: {', '.join(sorted(unknown))}")
     if summary:
-        for what in summary_differences(summary, rows):
-            found(what)
+        for what in _recounted(summary, rows):
+            found(what, grave=not _replaced(rows))
     else:
         found(f"unfinished: {len(rows)} samples and no summary", grave=False)
     return problems
+
+
+def _replaced(rows: Sequence[Row]) -> bool:
+    """Whether the task's data have changed since some of the rows: those of samples that were not asked for again may be in no
+    summary."""
+    return len({(row.get("policy_id"), row.get("sample")) for row in rows}) < len(rows)
+
+
+def _recounted(summary: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """See `summary_differences`. Of a sample whose content has changed the last record counts."""
+    try:
+        last = {(row["policy_id"], row["sample"]): row for row in rows}
+        return summary_differences(summary, list(last.values()))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        return [f"a line of the summary or of the samples lacks something or was edited ({type(error).__name__}: {error})"]
+
+
+def _edited(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """Files of a kept result set that don't have the content that was kept."""
+
+    def digest(name: str) -> str:
+        file = folder / name
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+    return [name for name, wanted in digests.items() if digest(name) != wanted]
 
 
 def _kept_problems(kept: str, summary: Sequence[Row], samples: Sequence[Row]) -> Iterator[str]:
@@ -143,7 +179,12 @@ def _kept_problems(kept: str, summary: Sequence[Row], samples: Sequence[Row]) ->
 
 def _belongs(row: Row, identity: Any) -> bool:
     """Whether a row's key is that of what it says, in this run."""
-    return {"policy_id", "doc_id"} <= row.keys() and row["key"] == record_key(identity, row["policy_id"], row)
+    if not {"policy_id", "doc_id"} <= row.keys() or row["key"] != record_key(identity, row["policy_id"], row):
+        return False
+    names = (("model", identity, "model"), ("task", identity, "task"))
+    said = [(row.get(name), whole[of]["name"]) for name, whole, of in names if of in whole]
+    said += [(row.get("question"), identity["protocol"]["question"])] if "protocol" in identity else []
+    return all(one == other for one, other in said)
 
 
 def merge(source: Path, target: Path) -> list[str]:
@@ -207,6 +248,8 @@ def _compare(one: Row, other: Row, its: Mapping[str, Row], others: Mapping[str, 
     names = (one.keys() | other.keys()) - set(_FREE)
     if all(name in one and name in other and _close(one[name], other[name]) for name in names):
         return _ALIKE
+    if any(one.get(name) != other.get(name) for name in _FIXED):
+        return _CONTRADICTION
     same_shape = all(one.get(name) == other.get(name) for name in _CIRCUMSTANCES if name != "environment")
     same_place = _place(one, its) == _place(other, others)
     return _CONTRADICTION if same_shape and same_place else _ROUNDED
