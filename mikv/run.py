@@ -75,7 +75,7 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What changes an outcome, besides policy and sample. Not: limit, paths, nor what only moves rounding (batch size,
-        device, a reader that does the same), which stands in each row.
+        device, a reader that does the same), which stands in each row, or in the environment that it names.
 
         Computed once: weights in a local folder are read for their fingerprint.
         """

@@ -183,6 +183,15 @@ def test_each_process_that_appends_notes_where_it_runs_and_its_rows_name_it(
     assert summarized(list(noted.values())).startswith("commit 11111111+ and 22222222+")
 
 
+def test_a_list_says_on_which_device(tmp_path: Path) -> None:
+    """Not what GPUs there are: a run may have been told to take the CPU."""
+    with RunFolder(tmp_path, {"a": 1}, "a: 1\n", device="NVIDIA H100") as run:
+        run.append(rows("a"))
+    (noted,) = read_environments(tmp_path).values()
+    assert summarized([noted]).endswith(", NVIDIA H100")
+    assert summarized([noted | {"device": "cpu", "gpus": ["NVIDIA H100"], "cpu_capability": "AVX2"}]).endswith(", CPU AVX2")
+
+
 def test_an_environment_says_what_numbers_depend_on() -> None:
     found = environment()
     assert re.fullmatch("[0-9a-f]{40}", str(found["git_commit"]))

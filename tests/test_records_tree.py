@@ -35,12 +35,18 @@ def row(doc_id: int, seed: int = 0, **more: Any) -> Row:
 
 
 def write(
-    folder: Path, *rows: Row, seed: int = 0, finished: bool = True, commit: str = "1" * 40, monkeypatch: Any = None
+    folder: Path,
+    *rows: Row,
+    seed: int = 0,
+    finished: bool = True,
+    commit: str = "1" * 40,
+    device: str = "cpu",
+    monkeypatch: Any = None,
 ) -> Path:
     """A run; commit: of the process that made it (with monkeypatch)."""
     if monkeypatch is not None:
         monkeypatch.setattr("mikv.records.folder.environment", lambda: {"git_commit": commit})
-    with RunFolder(folder, {"seed": seed}, "a: 1\n") as run:
+    with RunFolder(folder, {"seed": seed}, "a: 1\n", device=device) as run:
         kept = run.append(rows)
         if finished:
             run.write_summary(written_run.summary(kept))
@@ -112,16 +118,18 @@ def test_merge_refuses_what_contradicts(
 
 
 @pytest.mark.parametrize(
-    "other", [{"batch": [1, 2]}, {"reader": "packed"}, {"commit": "2" * 40}], ids=["batch", "reader", "code"]
+    "other",
+    [{"batch": [1, 2]}, {"reader": "packed"}, {"commit": "2" * 40}, {"device": "NVIDIA H100"}],
+    ids=["batch", "reader", "code", "device"],
 )
 def test_merge_takes_what_another_batch_or_machine_rounded_otherwise(
     other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A code at a tie flips, and an answer with it: no contradiction, and what is there stays."""
-    commit = other.pop("commit", "1" * 40)
+    commit, device = other.pop("commit", "1" * 40), other.pop("device", "cpu")
     write(tmp_path / "here" / "run", row(0), monkeypatch=monkeypatch)
     flipped = row(0, answer="7", score=0.0, correct=False, **other)
-    write(tmp_path / "there" / "run", flipped, row(1), commit=commit, monkeypatch=monkeypatch)
+    write(tmp_path / "there" / "run", flipped, row(1), commit=commit, device=device, monkeypatch=monkeypatch)
     assert main(["merge", str(tmp_path / "there"), str(tmp_path / "here")]) == 0
     told = capsys.readouterr().out
     assert "1 samples added" in told

@@ -356,13 +356,15 @@ def test_two_policies_of_one_label_are_told_apart(tmp_path: Path) -> None:
 def test_a_finished_run_is_shown_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a folder that is read-only; root may write anywhere, so that nothing is opened for writing is what is asked."""
-    first = execute(composed(tmp_path, "name=x"))
+    """From a folder that is read-only; root may write anywhere, so that nothing is opened for writing is what is asked. Also
+    where another command has added a policy since: its summary has the same rows in another order."""
+    execute(composed(tmp_path, "name=x"))
+    execute(composed(tmp_path, "name=x", "policy=h2o"))
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()}
     capsys.readouterr()
-    monkeypatch.setattr("mikv.runner.RunFolder", lambda *_: pytest.fail("claimed"))
+    monkeypatch.setattr("mikv.runner.RunFolder", lambda *_, **__: pytest.fail("claimed"))
     monkeypatch.setattr("mikv.runner.save_curve", lambda *_, **__: pytest.fail("drawn"))
-    assert execute(composed(tmp_path, "name=x")) == first
+    assert [row["label"] for row in execute(composed(tmp_path, "name=x"))] == ["full", "mikv 20% 16/2", "h2o 20%"]
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()} == before
     said = capsys.readouterr().out
     assert "all 4 samples are done already" in said
