@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # they load torch
 
 CONF = (Path(__file__).parent.parent / "conf").resolve()
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-_MAY_BE_NULL = ("panel", "judge", "experiment")
+_NONE_UNLESS_NAMED = ("panel", "judge", "experiment")
 _MISSING = "???"
 
 
@@ -93,9 +93,11 @@ def _values(override: Override) -> list[str]:
     if override.is_sweep_override():
         return [f"{name}={choice}" for choice in override.sweep_string_iterator()]
     if group in GROUPS and not override.is_delete():
-        if value is None and group not in _MAY_BE_NULL:
+        if value is None and group in _NONE_UNLESS_NAMED:  # Hydra takes no null
+            raise ConfigError(f"{group}=null: leave it out, a run has no {group} unless one is named")
+        if value is None:
             raise ConfigError(f"{group}=null: a run needs a {group}; there are {', '.join(_choices(group))}")
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str):
             raise ConfigError(f"{override.input_line}: wanted the name of a {group}; there are {', '.join(_choices(group))}")
     return [str(override.input_line)]
 
@@ -110,7 +112,7 @@ def _checked(overrides: Sequence[Override], lines: Sequence[str]) -> DictConfig:
     for line in of_groups:
         group, _, choice = line.lstrip("+~").partition("=")
         group, choice = group.partition("@")[0], choice.strip("'\"")
-        if choice and choice != "null" and choice not in _choices(group):
+        if choice and choice not in _choices(group):
             names = _choices(group)
             raise ConfigError(f"there is no {group} {choice!r}{_meant(group, choice, names)}; there are {', '.join(names)}")
     defaults = _composed(of_groups)

@@ -68,6 +68,8 @@ def check_option(name: str, given: Any, default: Any) -> None:
     check_range(name, given)
     if name == "name":
         check_name(given)
+    if name == "out" and not str(given).strip():
+        raise ValueError("out= is empty: wanted the folder in which runs lie, such as out=results/runs")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[bool | str] | None) -> None:

@@ -69,6 +69,9 @@ class Policy:
                 )
         for share in (*self.shares, self.recent):
             check_ratio(self.name, share)
+        # YAML's 1 and 1.0 are one share, and one policy in a record's key
+        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
+        object.__setattr__(self, "recent", float(self.recent))
         if sum(map(exact, self.shares)) > 1:
             raise ValueError(f"{self.name}: shares {self.shares} add up to more than 1 (100 % of the tokens)")
         if self.sinks < 0:
@@ -140,6 +143,8 @@ def percent(share: float) -> str:
     return f"{float(exact(share) * 100):g}%"
 
 
-def describe_options(**options: tuple[object, object]) -> str:
-    """Label suffix of options that differ from their default: describe_options(recent=(0.3, 0.5)) -> ' recent=0.3'."""
-    return "".join(f" {name}={value}" for name, (value, default) in options.items() if value != default)
+def describe_options(**options: tuple[Any, object]) -> str:
+    """Label suffix of options that differ from their default: describe_options(recent=(0.3, 0.5)) -> ' recent=0.3'; 0 and 0.0
+    are one number."""
+    given = {name: float(value) if isinstance(default, float) else value for name, (value, default) in options.items()}
+    return "".join(f" {name}={value}" for name, value in given.items() if value != options[name][1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from typing import Any
 
@@ -120,3 +121,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 def test_labels_tell_every_difference() -> None:
     assert len({mikv(**options).label for options in OPTIONS}) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("made", [mikv, h2o])
+def test_equal_numbers_are_one_policy(made: Any) -> None:
+    """YAML's 0 and 0.0, a command line's 1 and 1.0: no second row of a table, no second key."""
+    one, other = made(keep=1, recent=0), made(keep=1.0, recent=0.0)
+    assert json.dumps(one.identity()) == json.dumps(other.identity())
+    assert one.label == other.label
