@@ -14,6 +14,7 @@ from typing import Any
 QUESTIONS = ("visible", "hidden")
 READERS = ("working", "packed", "kernel")
 IMPLEMENTATIONS = ("reference", "triton")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTION = (True, False, "unconfined")
 MOST = 10**6
 """Samples, and prompts at a time, beyond which a number is a slip: all requests are encoded before the first is served."""
@@ -35,11 +36,16 @@ _KINDS: dict[type, str] = {
     list: "a list, [one,two]",
     dict: "a mapping, {name: value}",
 }
-_CHOICES: dict[str, tuple[str, ...]] = {"protocol.question": QUESTIONS, "reader": READERS, "attention": IMPLEMENTATIONS}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    **{"protocol.question": QUESTIONS, "reader": READERS, "attention": IMPLEMENTATIONS, "model.dtype": DTYPES},
+}
 # Options that are true, false or a word: their default does not say it.
 _MIXED: dict[str, tuple[bool | str, ...]] = dict.fromkeys(("allow_code_execution", "task.allow_code_execution"), EXECUTION)
 _SHARES = ("keep", "recent", "size")
-_RANGES: dict[str, tuple[int, int]] = {"batch_size": (1, MOST), "task.limit": (1, MOST), "seed": (0, 2**32 - 1)}
+_RANGES: dict[str, tuple[int, int]] = {
+    **{"batch_size": (1, MOST), "task.limit": (1, MOST), "seed": (0, 2**32 - 1)},
+    **{"model.max_tokens": (2, 10**9), "task.max_new_tokens": (1, MOST)},
+}
 
 
 def check_option(name: str, given: Any, default: Any) -> None:

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "mikv.models": (
         *("mikv.types", "mikv.digests", "mikv.fingerprint", "mikv.quant", "mikv.importance", "mikv.policy"),
-        *("mikv.attention", "mikv.models"),
+        *("mikv.attention", "mikv.models", "mikv.options"),
     ),
     "mikv.engine": (
         "mikv.types",

@@ -21,6 +21,7 @@ from mikv.models.architecture import Unsupported
 from mikv.models.files import check_files, check_folder, check_names
 from mikv.models.gguf import converted_gguf
 from mikv.models.sources import HubCommit, ModelUnavailable, adapter_folder, hub_commit, package_gguf, reason
+from mikv.options import DTYPES, check_choice
 
 TINY = "tiny-random"
 
@@ -59,8 +60,7 @@ class ModelSpec:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"model.dtype={self.dtype}: choose auto, float32, bfloat16 or float16")
+        check_choice("model.dtype", self.dtype, DTYPES)
         if self.source not in ("auto", "hub", "package"):
             raise ValueError(f"model.source={self.source}: choose auto, hub or package")
         if self.source == "package" and self.gguf_package is None:

@@ -30,7 +30,7 @@ NOT_INSTALLED = "mikv_no_such_package"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp16"}, "model.dtype=fp16: choose auto, float32, bfloat16 or float16"),
+        ({"dtype": "fp16"}, "model.dtype=fp16.*: choose auto or float32 or bfloat16 or float16"),
         ({"source": "disk"}, "model.source=disk: choose auto, hub or package"),
         ({"device": "gpu"}, "model.device=gpu: choose auto, cpu, cuda or cuda:N"),
         ({"device": "meta"}, "model.device=meta: choose auto, cpu, cuda or cuda:N"),
