@@ -37,14 +37,20 @@ _KINDS: dict[type, str] = {
     dict: "a mapping, {name: value}",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
-    **{"protocol.question": QUESTIONS, "reader": READERS, "attention": IMPLEMENTATIONS, "model.dtype": DTYPES},
+    "protocol.question": QUESTIONS,
+    "reader": READERS,
+    "attention": IMPLEMENTATIONS,
+    "model.dtype": DTYPES,
 }
 # Options that are true, false or a word: their default does not say it.
 _MIXED: dict[str, tuple[bool | str, ...]] = dict.fromkeys(("allow_code_execution", "task.allow_code_execution"), EXECUTION)
 _SHARES = ("keep", "recent", "size")
 _RANGES: dict[str, tuple[int, int]] = {
-    **{"batch_size": (1, MOST), "task.limit": (1, MOST), "seed": (0, 2**32 - 1)},
-    **{"model.max_tokens": (2, 10**9), "task.max_new_tokens": (1, MOST)},
+    "batch_size": (1, MOST),
+    "task.limit": (1, MOST),
+    "task.max_new_tokens": (1, MOST),
+    "model.max_tokens": (2, 10**9),
+    "seed": (0, 2**32 - 1),
 }
 
 

@@ -146,5 +146,8 @@ def percent(share: float) -> str:
 def describe_options(**options: tuple[Any, object]) -> str:
     """Label suffix of options that differ from their default: describe_options(recent=(0.3, 0.5)) -> ' recent=0.3'; 0 and 0.0
     are one number."""
-    given = {name: float(value) if isinstance(default, float) else value for name, (value, default) in options.items()}
-    return "".join(f" {name}={value}" for name, value in given.items() if value != options[name][1])
+    return "".join(
+        f" {name}={float(value) if isinstance(default, float) else value}"
+        for name, (value, default) in options.items()
+        if value != default
+    )

@@ -77,13 +77,10 @@ def _says(text: str, summary: Sequence[Row]) -> bool:
     return sorted(text.splitlines()) == sorted(to_lines(summary).splitlines())
 
 
-def _records(run: Run) -> RunFolder:
-    return RunFolder(run.folder(), run.identity, run.config, device=run.model.device_name())
-
-
 def _complete(run: Run, work: Work, units: Sequence[Unit]) -> Summarized:
     """Compute what is missing in the run's folder, and write its summary."""
-    with Stopping() as stopping, _records(run) as records:
+    device = run.model.device_name()
+    with Stopping() as stopping, RunFolder(run.folder(), run.identity, run.config, device=device) as records:
         done = records.samples()
         collect(done, units, list(run.policy_ids.values()))  # what can't be summarized is refused before more is computed
         todo = _missing(run, units, done)

@@ -17,6 +17,10 @@ _NOT_COUNTED = {*NAMES, "metric", "lower_is_better", "scores", "by_task", "parts
 """Fields of a summary that are not counted from samples alone, or elsewhere."""
 
 
+_ADDED = {"relative": 1e-6, "absolute": 1e-9}
+"""How far the order in which numbers are added moves their sum."""
+
+
 def summary_differences(summary: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """What a run's summary says and its samples don't, a sentence each.
 
@@ -75,7 +79,7 @@ def _unlike(said: Row, again: Row, scores: Sequence[float]) -> Iterator[str]:
         yield f"value = {said['value']}, its samples {fmean(scores) if scores else None}"
         return
     for name, value in again.items():
-        if name not in said or not _close(said[name], value):
+        if name not in said or not alike(said[name], value, **_ADDED):
             yield f"{name} = {said.get(name)}, its samples {value}"
     for name in said.keys() - again.keys() - _NOT_COUNTED:
         yield f"{name} = {said[name]}, its samples nothing"
@@ -85,12 +89,12 @@ def _scores(rows: Sequence[Row]) -> list[float]:
     return [float(row["score"]) for row in rows if row["score"] is not None]
 
 
-def _close(one: Any, other: Any) -> bool:
-    """Equal; numbers up to the order in which they are added."""
+def alike(one: Any, other: Any, relative: float, absolute: float) -> bool:
+    """Whether two JSON values are equal; two floats, up to that difference. NaN is NaN."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_close(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(alike(one[name], other[name], relative, absolute) for name in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_close, one, other))
-    if isinstance(one, float | int) and isinstance(other, float | int):
-        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9) or (math.isnan(one) and math.isnan(other))
-    return one == other
+        return len(one) == len(other) and all(alike(*pair, relative, absolute) for pair in zip(one, other, strict=True))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=relative, abs_tol=absolute) or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)

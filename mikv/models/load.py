@@ -91,7 +91,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         try:
             return AutoTokenizer.from_pretrained(place, **options)
         except Exception as error:  # tokenizers' own errors are bare Exceptions and name no file
-            raise ValueError(f"its tokenizer can't be read: {reason(error)}") from error
+            raise ValueError(f"its tokenizer (tokenizer.json and its like) can't be read: {reason(error)}") from error
 
 
 def load_geometry(spec: ModelSpec) -> Geometry:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mikv.fingerprint import record_key
-from mikv.metrics.recount import summary_differences
+from mikv.metrics.recount import alike, summary_differences
 from mikv.records.files import RecordError, Row, read_rows
 from mikv.records.folder import RunFolder, read_about, read_environments, read_identity, read_samples
 
@@ -25,6 +24,8 @@ _FIXED = (
     *("prompt_tokens", "cut_tokens", "lines", "depth", "cluster"),
 )
 """Fields that are known before anything is computed: no circumstances move them."""
+_MOVED = {"relative": 1e-2, "absolute": 1e-3}
+"""How far the shape of a batch moves a number."""
 _FREE = (*_CIRCUMSTANCES, "seconds", "allocated_nbytes", "peak_nbytes")
 """Fields of a sample in which two computations of one key may differ."""
 
@@ -150,13 +151,10 @@ def _recounted(summary: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def _edited(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """Files of a kept result set that don't have the content that was kept."""
-
-    def digest(name: str) -> str:
-        file = folder / name
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-    return [name for name, wanted in digests.items() if digest(name) != wanted]
+    """Files of a kept result set that don't have the content that was kept, or are gone."""
+    there = {name: folder / name for name in digests if (folder / name).is_file()}
+    found = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in there.items()}
+    return [name for name, digest in digests.items() if found.get(name) != digest]
 
 
 def _kept_problems(kept: str, summary: Sequence[Row], samples: Sequence[Row]) -> Iterator[str]:
@@ -181,10 +179,8 @@ def _belongs(row: Row, identity: Any) -> bool:
     """Whether a row's key is that of what it says, in this run."""
     if not {"policy_id", "doc_id"} <= row.keys() or row["key"] != record_key(identity, row["policy_id"], row):
         return False
-    names = (("model", identity, "model"), ("task", identity, "task"))
-    said = [(row.get(name), whole[of]["name"]) for name, whole, of in names if of in whole]
-    said += [(row.get("question"), identity["protocol"]["question"])] if "protocol" in identity else []
-    return all(one == other for one, other in said)
+    told = {"model": identity["model"]["name"], "task": identity["task"]["name"], "question": identity["protocol"]["question"]}
+    return all(row.get(name) == value for name, value in told.items())
 
 
 def merge(source: Path, target: Path) -> list[str]:
@@ -246,7 +242,7 @@ def _compare(one: Row, other: Row, its: Mapping[str, Row], others: Mapping[str, 
     its, others: environments of the folders that they are from.
     """
     names = (one.keys() | other.keys()) - set(_FREE)
-    if all(name in one and name in other and _close(one[name], other[name]) for name in names):
+    if all(name in one and name in other and alike(one[name], other[name], **_MOVED) for name in names):
         return _ALIKE
     if any(one.get(name) != other.get(name) for name in _FIXED):
         return _CONTRADICTION
@@ -258,14 +254,3 @@ def _compare(one: Row, other: Row, its: Mapping[str, Row], others: Mapping[str, 
 def _place(row: Row, environments: Mapping[str, Row]) -> Row:
     """A row's environment, without when it began."""
     return {name: value for name, value in environments.get(str(row.get("environment")), {}).items() if name != "began"}
-
-
-def _close(one: object, other: object) -> bool:
-    """Equal; numbers up to what the shape of a batch moves."""
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-3)
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(_close, one, other))
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return all(_close(one[name], other[name]) for name in one)
-    return one == other
