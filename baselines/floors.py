@@ -1,15 +1,16 @@
 """Floor lines: mixed precision with the importance taken out. What MiKV gains over them is what importance is worth."""
 
+from mikv.budget import kept
 from mikv.importance.base import Importance
 from mikv.importance.scores import Noise
 from mikv.policy import Policy, describe_options, percent
-from mikv.types import Tier
+from mikv.quant.tier import Tier, tier_of
 
 
 def random(
     keep: float = 0.2,
-    high: Tier = Tier(16),
-    low: Tier = Tier(2),
+    high: Tier | str | int = 16,
+    low: Tier | str | int = 2,
     balance: bool = True,
     recent: float = 0.5,
     budget: str = "ratio",
@@ -24,8 +25,8 @@ def random(
 
 def recent_only(
     keep: float = 0.2,
-    high: Tier = Tier(16),
-    low: Tier = Tier(2),
+    high: Tier | str | int = 16,
+    low: Tier | str | int = 2,
     balance: bool = True,
     budget: str = "ratio",
 ) -> Policy:
@@ -40,13 +41,14 @@ def _floor(
     name: str,
     importance: Importance | None,
     keep: float,
-    high: Tier,
-    low: Tier,
+    high: Tier | str | int,
+    low: Tier | str | int,
     balance: bool,
     recent: float,
     budget: str,
 ) -> Policy:
-    label = f"{name} {percent(keep)} {high}/{low}" + ("" if balance else " no balancer")
+    high, low = tier_of(high), tier_of(low)
+    label = f"{name} {percent(keep)} {high.label}/{low.label}" + ("" if balance else " no balancer")
     label += describe_options(
         recent=(recent, 0.0 if name == "recent_only" else 0.5),
         budget=(budget, "ratio"),
@@ -55,10 +57,8 @@ def _floor(
     return Policy(
         name=name,
         label=label,
-        tiers=(high, low),
-        shares=(keep,),
+        tiers=(high.balanced(), low.balanced()) if balance else (high, low),
+        budget=kept(name, keep, budget),
         importance=importance,
         recent=recent,
-        budget=budget,
-        balance=balance,
     )

@@ -1,7 +1,7 @@
 """Full cache: every pair at 16 bits. The twin that every other policy is compared with."""
 
 from mikv.policy import Policy
-from mikv.types import Tier
+from mikv.quant.tier import Tier
 
 
 def full() -> Policy:

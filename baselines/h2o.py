@@ -6,14 +6,15 @@ the cache would grow by the group size); strict budgets (its mask code hides a t
 recent window, and may take it back as a heavy hitter); the prompt is compressed before its last token is answered.
 """
 
+from mikv.budget import kept
 from mikv.importance.scores import Accumulated
 from mikv.policy import Policy, describe_options, percent
-from mikv.types import Tier
+from mikv.quant.tier import Tier, tier_of
 
 
 def h2o(
     keep: float = 0.2,
-    tier: Tier = Tier(16),
+    tier: Tier | str | int = 16,
     recent: float = 0.5,
     budget: str = "ratio",
     positions: str = "original",
@@ -23,17 +24,17 @@ def h2o(
         keep: share of tokens that stay.
         tier: bits of those that stay.
         recent: part of the budget that holds the most recent tokens.
-        budget, positions: see `Policy`.
+        budget, positions: see mikv.mikv.mikv and `Policy`.
     """
-    label = f"h2o {percent(keep)}" + ("" if tier == Tier(16) else f" {tier}")
+    tier = tier_of(tier)
+    label = f"h2o {percent(keep)}" + ("" if tier == Tier(16) else f" {tier.label}")
     label += describe_options(recent=(recent, 0.5), budget=(budget, "ratio"), positions=(positions, "original"))
     return Policy(
         name="h2o",
         label=label,
         tiers=(tier, Tier(0)),
-        shares=(keep,),
+        budget=kept("h2o", keep, budget),
         importance=Accumulated(),
         recent=recent,
-        budget=budget,
         positions=positions,
     )

@@ -5,8 +5,9 @@ from the sinks as if nothing had been evicted in between. `positions=original` k
 Deviation: the window is cut after an exact prefill, as other harnesses do; the original slides during prefill too.
 """
 
+from mikv.budget import kept
 from mikv.policy import Policy, describe_options, percent
-from mikv.types import Tier
+from mikv.quant.tier import Tier
 
 
 def streaming_llm(keep: float = 0.2, sinks: int = 4, budget: str = "ratio", positions: str = "contiguous") -> Policy:
@@ -14,7 +15,7 @@ def streaming_llm(keep: float = 0.2, sinks: int = 4, budget: str = "ratio", posi
     Args:
         keep: share of tokens that stay, sinks included.
         sinks: how many first tokens stay.
-        budget, positions: see `Policy`.
+        budget, positions: see mikv.mikv.mikv and `Policy`.
     """
     label = f"streaming_llm {percent(keep)}"
     label += describe_options(sinks=(sinks, 4), budget=(budget, "ratio"), positions=(positions, "contiguous"))
@@ -22,8 +23,7 @@ def streaming_llm(keep: float = 0.2, sinks: int = 4, budget: str = "ratio", posi
         name="streaming_llm",
         label=label,
         tiers=(Tier(16), Tier(0)),
-        shares=(keep,),
+        budget=kept("streaming_llm", keep, budget),
         sinks=sinks,
-        budget=budget,
         positions=positions,
     )

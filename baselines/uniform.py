@@ -5,14 +5,15 @@ MiKV's channel balancer, and is then the rival that must be beaten at equal byte
 """
 
 from mikv.policy import Policy, describe_options
-from mikv.types import Tier
+from mikv.quant.tier import Tier, tier_of
 
 
-def uniform(tier: Tier = Tier(4), balance: bool = False) -> Policy:
+def uniform(tier: Tier | str | int = 4, balance: bool = False) -> Policy:
     """
     Args:
-        tier: bits of every pair.
-        balance: MiKV's outlier-aware channel balancer for keys.
+        tier: how every pair is stored, see mikv/quant/tier.py.
+        balance: MiKV's outlier-aware channel balancer for keys that are quantized by bits alone.
     """
-    label = f"uniform {tier}" + (" balanced" if balance else "") + describe_options(group=(tier.group, None))
-    return Policy(name="uniform", label=label, tiers=(tier,), balance=balance)
+    tier = tier_of(tier)
+    label = f"uniform {tier.label}" + (" balanced" if balance else "") + describe_options(group=(tier.group, None))
+    return Policy(name="uniform", label=label, tiers=(tier.balanced() if balance else tier,))

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from mikv.cache.reading import Reading, decide
 from mikv.decoding import Decoding, choose, penalized
 from mikv.importance.base import Observer
 from mikv.kernels.verify import verify
-from mikv.models.architecture import geometry, layer_devices, rope_inv_freq
+from mikv.models.architecture import geometry, layer_devices, output_projection, rope_inv_freq
 from mikv.policy import Policy
 from mikv.randomness import uniform
+from mikv.rope import Rope
 from mikv.scoring import Fidelity, Scored, Tally
 from mikv.types import Lengths
 
@@ -79,7 +81,7 @@ class Scores:
     """
 
     continuations: list[Scored]
-    compressed_tokens: int
+    compressed_tokens: float
     usage: Usage
 
 
@@ -97,7 +99,7 @@ class Generation:
     tokens: list[int]
     end: int | None
     ended: bool
-    compressed_tokens: int
+    compressed_tokens: float
     usage: Usage
     watched_tiers: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity | None = None
@@ -173,6 +175,8 @@ class Engine:
         also for the next calls with the same ones.
         """
         lengths = Lengths(torch.tensor([len(c) for c in contexts]), max(map(len, contexts)))
+        shared = min([shared, *(min(map(len, contexts)) - o.last for o in observers if o.last is not None)])
+        shared = max(0, shared)  # the queries that an observer asks for are not in the prefix
         prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
         cache = PrefillCache(
             self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.reading.kernels
@@ -189,7 +193,10 @@ class Engine:
                 logits_to_keep=1,
             )
         self.watch(_PREFILLED)
-        return cache.state(torch.tensor([_name(context) for context in contexts]))
+        inv_freq = rope_inv_freq(self.model)
+        rope = None if inv_freq is None else Rope(inv_freq)
+        projection = partial(output_projection, self.model)
+        return cache.state(torch.tensor([_name(context) for context in contexts]), rope, projection)
 
     def forget_prefix(self) -> None:
         """Let go of the last shared prefix: nothing more is to come that begins with it."""
@@ -214,7 +221,7 @@ class Engine:
         workspace: Workspace | None = None,
     ) -> CompressedCache:
         """Every policy's compressed cache of a prefill. The state is not changed."""
-        return CompressedCache(state, panel, prompt_lengths, self.reading, rope_inv_freq(self.model), workspace)
+        return CompressedCache(state, panel, prompt_lengths, self.reading, workspace)
 
     @torch.inference_mode()
     def generate(
@@ -471,7 +478,7 @@ class Engine:
 
 
 def _by_prompt(
-    scored: Sequence[Sequence[Scored]], owner: Tensor, compressed_tokens: Sequence[int], usages: Sequence[Usage], batch: int
+    scored: Sequence[Sequence[Scored]], owner: Tensor, compressed_tokens: Sequence[float], usages: Sequence[Usage], batch: int
 ) -> list[list[Scores]]:
     """Scores by policy and prompt, from those by policy and continuation; owner int64: the prompt of each continuation."""
     results = []

@@ -14,6 +14,7 @@ from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.engine import Engine
 from mikv.models.load import Loaded
 from mikv.policy import Policy
+from mikv.quant.tier import Tier
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def look_inside(loaded: Loaded, request: Request, policies: Sequence[Policy]) ->
 
 def unbalanced(policy: Policy) -> Policy:
     """The policy without its balancer."""
-    return replace(policy, balance=False, label=f"{policy.label} no balancer")
+    tiers = tuple(Tier(key=replace(tier.key, transforms=()), value=tier.value) for tier in policy.tiers)
+    return replace(policy, tiers=tiers, label=f"{policy.label} no balancer")
 
 
 def _inside(policy: Policy, state: PrefillState, texts: Sequence[str]) -> Inside:
@@ -63,26 +65,25 @@ def _of_bank(policy: Policy, state: PrefillState, bank: PrefillBank) -> dict[str
     store = PolicyStore(policy, state, bank, state.lengths.tokens, track=True)
     exact_keys, exact_values = bank.keys[:, 0].float(), bank.values[:, 0].float()  # [L, H, T, D]
     bits = torch.zeros(exact_keys.shape[:3])
-    key_error = value_error = torch.zeros_like(bank.key_absmax[:, 0])
+    key_absmax = exact_keys.abs().amax(dim=2)
+    key_error = value_error = torch.zeros_like(key_absmax)
     for tier, (positions, _, keys, values) in zip(store.tiers, store.read(), strict=True):
         here = positions[:, 0]  # one prompt: every slot is used, and a position is a column
         bits.scatter_(2, here.cpu(), float(tier.tier.k))
         where = here[..., None].expand_as(keys[:, 0])
         key_error = _rms(keys[:, 0] - exact_keys.gather(2, where))
         value_error = _rms(values[:, 0] - exact_values.gather(2, where))
+    balancer = next((side["balancer"] for side in store.sides.values() if "balancer" in side), None)
     found = {
         "bits": bits,
         "query_absmax": bank.query_absmax[:, 0],
-        "key_absmax": bank.key_absmax[:, 0],
-        "balancer": torch.ones_like(bank.key_absmax[:, 0]) if store.balancer is None else store.balancer[:, 0].float(),
+        "key_absmax": key_absmax,
+        "balancer": torch.ones_like(key_absmax) if balancer is None else balancer[:, 0].float(),
         "key_error": key_error,
         "value_error": value_error,
     }
-    if policy.importance is not None:
-        observer = policy.importance.observer
-        watched = None if observer is None else bank.observed[observer]
-        positions = state.lengths.positions(bank.keys.device)
-        scores = policy.importance.prefill(watched, bank.layers, state.rows.to(bank.layers.device), positions, bits.shape[1])
+    scores = store.score_prompt(state, bank)
+    if scores is not None:
         found["importance"] = scores[:, 0]
     return {name: tensor.cpu() for name, tensor in found.items()}
 

@@ -119,7 +119,7 @@ def _answer(
 
     head_dim = load_geometry(run.model).head_dim
     for tier in (tier for policy in run.panel for tier in policy.tiers):
-        tier.group_size(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
+        tier.check(head_dim)  # refuses groups that a head can't be cut into, before the weights are read
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader, run.attention)
     engine.verify_kernels(run.panel)

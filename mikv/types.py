@@ -11,67 +11,11 @@ column = position + padding of its row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # a tier is data: it can be checked before torch is loaded
+if TYPE_CHECKING:  # a policy is data: it can be checked before torch is loaded
     import torch
     from torch import Tensor
-
-BITS = (16, 8, 4, 3, 2, 0)
-
-
-@dataclass(frozen=True)
-class Tier:
-    """How a key/value pair is stored.
-
-    Args:
-        bits: 16, 8, 4, 3, 2, or 0 (evicted: nothing is stored), for keys and values alike.
-        key_bits, value_bits: the same for one of the two; keys usually need more.
-        group: channels that share a scale and a minimum; null = head_dim / 2, the paper's choice (a half never mixes
-            the two halves that RoPE rotates into each other).
-    """
-
-    bits: int = 16
-    key_bits: int | None = None
-    value_bits: int | None = None
-    group: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, bits in (("bits", self.bits), ("key_bits", self.key_bits), ("value_bits", self.value_bits)):
-            if bits is not None and bits not in BITS:
-                raise ValueError(f"{name}={bits}: a tier holds {', '.join(map(str, BITS))} bits (0 = evicted)")
-        if (self.k == 0) != (self.v == 0):
-            raise ValueError(
-                f"key_bits={self.k}, value_bits={self.v}: a pair is evicted whole; a key without its value (or the "
-                "other way round) would be bytes that nothing can use"
-            )
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group={self.group}: channels per scale, at least 1")
-
-    @property
-    def k(self) -> int:
-        """Bits of a key element."""
-        return self.bits if self.key_bits is None else self.key_bits
-
-    @property
-    def v(self) -> int:
-        """Bits of a value element."""
-        return self.bits if self.value_bits is None else self.value_bits
-
-    @property
-    def evicted(self) -> bool:
-        return self.k == 0
-
-    def group_size(self, head_dim: int) -> int:
-        """Channels per scale for a head of `head_dim` channels."""
-        group = head_dim // 2 if self.group is None else self.group
-        if head_dim % group:
-            raise ValueError(f"group={group} does not divide head_dim={head_dim}: some channels would have no scale")
-        return group
-
-    def __str__(self) -> str:
-        return str(self.k) if self.k == self.v else f"k{self.k}v{self.v}"
 
 
 class Geometry(NamedTuple):

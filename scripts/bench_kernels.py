@@ -81,7 +81,6 @@ def main() -> int:
 def correct(device: torch.device, lengths: Sequence[int]) -> bool:
     """Every kernel against its reference; prints what was compared."""
     from mikv.kernels import pick
-    from mikv.kernels.encode_reference import parts_of
     from mikv.kernels.verify import MASS_TOLERANCE, TOLERANCE, decode_errors, random_segment
 
     fine = True
@@ -109,12 +108,17 @@ def correct(device: torch.device, lengths: Sequence[int]) -> bool:
         report(f"column sums, {name}, {tokens} tokens", float((sums[0] - sums[1]).abs().max() / (group * tokens)), 1e-4)
         balancer = torch.rand((2, heads, dim), generator=generator, device=device) + 0.5
         for bits in (8, 4, 3, 2):
-            made = [parts_of(pick.encode(key, bits, 2, balancer, None, which)) for which in ("triton", "reference")]
+            made = [_parts(pick.encode(key, bits, 2, balancer, which)) for which in ("triton", "reference")]
             unequal = sum(int((a != b).sum()) for a, b in zip(*made, strict=True))
             # a GPU's torch divides by a constant by its reciprocal: one scale in many differs in its last bit
             share = unequal / sum(part.numel() for part in made[0])
             report(f"pack at {bits} bits, {name}, {tokens} tokens: share unequal", share, 0.0 if device.type == "cpu" else 1e-3)
     return fine
+
+
+def _parts(vectors: Any) -> list[Tensor]:
+    """Codes, scales and minima."""
+    return [vectors.data, vectors.scale, vectors.zero]
 
 
 def held_bytes(segments: Sequence[Any]) -> int:
@@ -259,7 +263,7 @@ def pack_row(key: Tensor, bits: int, copy: float) -> Row:
     from mikv.kernels import pick
 
     balancer = torch.ones((*key.shape[:2], key.shape[3]), device=key.device)
-    taken = seconds([lambda: pick.encode(key, bits, 2, balancer, None, "triton")], key.device)
+    taken = seconds([lambda: pick.encode(key, bits, 2, balancer, "triton")], key.device)
     moved = key.numel() * (2 + bits / 8 + 8 / key.shape[3])
     return {"kernel": f"pack {bits}", "s": taken, "of_copy": moved / taken / copy}
 
@@ -289,7 +293,7 @@ def end_to_end(
     from mikv.importance.scores import ColumnSums
     from mikv.mikv import mikv
     from mikv.policy import Policy
-    from mikv.types import Tier
+    from mikv.quant.tier import Tier
 
     install()
     with torch.device(device):

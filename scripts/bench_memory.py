@@ -42,7 +42,7 @@ from mikv.importance.scores import ColumnSums
 from mikv.mikv import mikv
 from mikv.models.tiny import tiny_config, tiny_model
 from mikv.policy import Policy
-from mikv.types import Tier
+from mikv.quant.tier import Tier
 
 MB = 10**6
 FULL = Policy(name="full", label="16 bits", tiers=(Tier(16),))

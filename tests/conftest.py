@@ -30,6 +30,8 @@ collect_ignore = [] if find_spec("triton") else ["kernels"]
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 POLICIES = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
+STRANGER_FILES = Path(__file__).parent / "strangers"
+STRANGERS = sorted(file.stem for file in STRANGER_FILES.glob("*.yaml"))
 NO_END: frozenset[int] = frozenset()
 # What a run's identity looks like, for tests of hashes and records.
 IDENTITY: dict[str, Any] = {
@@ -78,10 +80,22 @@ def bits_everywhere(name: str, bits: int) -> Policy:
     return policy(name, overrides)
 
 
-@pytest.fixture(params=POLICIES)
+def named_policy(name: str) -> Policy:
+    """A policy of conf/policy or of tests/strangers, with its YAML's parameters."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    if name in POLICIES:
+        return policy(name)
+    made = instantiate(OmegaConf.load(STRANGER_FILES / f"{name}.yaml"))
+    assert isinstance(made, Policy)
+    return made
+
+
+@pytest.fixture(params=[*POLICIES, *STRANGERS])
 def any_policy(request: pytest.FixtureRequest) -> Policy:
-    """Every policy of conf/policy, found by listing the folder."""
-    return policy(request.param)
+    """Every policy of conf/policy and of tests/strangers, found by listing the folders."""
+    return named_policy(request.param)
 
 
 @pytest.fixture(scope="session")

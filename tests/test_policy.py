@@ -12,17 +12,20 @@ import torch
 from baselines.h2o import h2o
 from baselines.streaming_llm import streaming_llm
 from mikv.assignment import assign
+from mikv.budget import Amounts
 from mikv.importance.scores import Accumulated
 from mikv.mikv import mikv
 from mikv.policy import Policy
-from mikv.types import Tier
+from mikv.quant.tier import Tier
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.2, 0.29, 0.57, 1 / 3, 1.0])
 def test_quotas_are_exact(keep: float) -> None:
     """floor(0.29 * 100) is 29, not the 28 of floating point (trap T7: ratio -> tokens, for every length)."""
     lengths = torch.arange(0, 2000)
-    (quota,) = mikv(keep=keep).quotas(lengths)
+    budget = mikv(keep=keep).budget
+    assert isinstance(budget, Amounts)
+    (quota,) = budget.counts(lengths)
     assert quota.tolist() == [int(Fraction(str(keep)) * n) for n in range(2000)]
 
 
@@ -31,7 +34,9 @@ def assigned(policy: Policy, scores: list[float], length: int | None = None) -> 
     length = len(scores) if length is None else length
     positions = torch.arange(len(scores)) - (len(scores) - length)
     seen = torch.tensor([length])
-    tiers = assign(policy, torch.tensor(scores)[None, None, None], positions[None, None, None], seen, seen)
+    assert isinstance(policy.budget, Amounts)
+    quotas = torch.stack(policy.budget.counts(seen))[:, None, :, None]
+    tiers = assign(policy, torch.tensor(scores)[None, None, None], positions[None, None, None], seen, quotas)
     return tiers[0, 0, 0].tolist()
 
 
@@ -60,7 +65,7 @@ def test_padding_is_in_no_tier() -> None:
 
 
 def test_a_ladder_of_any_number_of_tiers() -> None:
-    ladder = Policy("ladder", "ladder", (Tier(16), Tier(8), Tier(4), Tier(2)), (0.1, 0.2, 0.3), Accumulated())
+    ladder = Policy("ladder", "ladder", (Tier(16), Tier(8), Tier(4), Tier(2)), Amounts((0.1, 0.2, 0.3)), Accumulated())
     tiers = assigned(ladder, [float(i) for i in range(20)])
     assert [tiers.count(i) for i in range(4)] == [2, 4, 6, 8]
     assert tiers == sorted(tiers, reverse=True)  # the higher the score, the better the tier
@@ -72,15 +77,15 @@ def test_a_ladder_of_any_number_of_tiers() -> None:
         (lambda: mikv(keep=1.2), "no ratio"),
         (lambda: mikv(keep=-0.1), "no ratio"),
         (lambda: mikv(recent=2.0), "no ratio"),
-        (lambda: mikv(high=Tier(5)), "16, 8, 4, 3, 2, 0"),
+        (lambda: mikv(high=Tier(6)), "16, 8, 5, 4, 3, 2, 1, 0"),
         (lambda: Tier(key_bits=0, value_bits=4), "evicted whole"),
         (lambda: mikv(budget="sliding"), "ratio or fixed"),
         (lambda: h2o(positions="none"), "original or contiguous"),
         (lambda: streaming_llm(sinks=-1), "negative"),
-        (lambda: Policy("p", "p", (Tier(16), Tier(2))), "need 1 shares"),
-        (lambda: Policy("p", "p", (Tier(16), Tier(4), Tier(2)), (0.7, 0.6)), "more than 1"),
-        (lambda: Policy("p", "p", (Tier(0), Tier(2)), (0.5,)), "nothing to demote to"),
-        (lambda: Tier(2, group=7).group_size(64), "does not divide"),
+        (lambda: Policy("p", "p", (Tier(16), Tier(2))), "2 tiers, and a budget for 1"),
+        (lambda: Policy("p", "p", (Tier(16), Tier(4), Tier(2)), Amounts((0.7, 0.6))), "more than 1"),
+        (lambda: Policy("p", "p", (Tier(0), Tier(2)), Amounts((0.5,))), "nothing to demote to"),
+        (lambda: Tier(2, group=7).check(64), "does not divide"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: object, message: str) -> None:

@@ -26,25 +26,31 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mikv.cache.dense import Prompts, dense_readers
-from mikv.cache.kernel_read import KernelReader
+from mikv.cache.kernel_read import KernelReader, served
 from mikv.cache.policy_store import PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.reader import Reader
 from mikv.cache.reading import Reading
-from mikv.cache.reindex import Reindex
+from mikv.cache.sides import Fits
 from mikv.policy import Policy
+from mikv.types import Geometry
+
+
+def kernels_read(policy: Policy, reading: Reading) -> bool:
+    """Whether the kernels can read what a policy stores; else it goes through a dense copy."""
+    return all(served(tier, reading.attention) for tier in policy.tiers if not tier.evicted)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one row holds. Tokens are per layer and head (all hold equally many): seen so far, stored in some tier, and not
-    held at 16 bits (evicted ones included). nbytes: counted, by part, of the tokens that are there; allocated_nbytes: of the
-    memory that the stores take for the row, with slots that are not used yet or only in other rows; full_nbytes: the 16-bit
-    cache of the tokens seen, at KV heads."""
+    """What one row holds. Tokens are per layer and head (the mean where they hold unequally many): seen so far, stored in
+    some tier, and not held at 16 bits (evicted ones included). nbytes: counted, by part, of the tokens that are there;
+    allocated_nbytes: of the memory that the stores take for the row, with slots that are not used yet or only in other rows;
+    full_nbytes: the 16-bit cache of the tokens seen, at KV heads."""
 
     seen_tokens: int
-    kept_tokens: int
-    compressed_tokens: int
+    kept_tokens: float
+    compressed_tokens: float
     nbytes: dict[str, int]
     full_nbytes: int
     allocated_nbytes: int = field(compare=False)  # of the batch too: its longest row decides how many slots there are
@@ -80,7 +86,6 @@ class CompressedCache(Cache):
         panel: the P policies.
         prompt_lengths: int64 [B]: lengths that budgets of kind `fixed` are shares of; None = the prefill's.
         reading: see above.
-        inv_freq: RoPE's inverse frequencies [D / 2], for policies with contiguous positions; None = they aren't fixed.
         workspace: memory for the working copy; None = fresh memory.
     """
 
@@ -90,12 +95,11 @@ class CompressedCache(Cache):
         panel: Sequence[Policy],
         prompt_lengths: Tensor | None = None,
         reading: Reading = Reading(),
-        inv_freq: Tensor | None = None,
         workspace: Workspace | None = None,
     ) -> None:
         self._geometry = state.geometry
         prompt_lengths = state.lengths.tokens if prompt_lengths is None else prompt_lengths
-        if inv_freq is None and any(policy.positions == "contiguous" for policy in panel):
+        if state.rope is None and any(policy.positions == "contiguous" for policy in panel):
             raise ValueError(
                 "this model's RoPE frequencies depend on the length: keys in the cache can't be re-indexed; use "
                 "positions=original"
@@ -103,10 +107,7 @@ class CompressedCache(Cache):
         workspace = Workspace() if workspace is None else workspace
         super().__init__(layers=[])
         self._hold(
-            [
-                _Bank(state, bank, panel, prompt_lengths, reading, inv_freq, workspace.of_bank(i))
-                for i, bank in enumerate(state.banks)
-            ]
+            [_Bank(state, bank, panel, prompt_lengths, reading, workspace.of_bank(i)) for i, bank in enumerate(state.banks)]
         )
 
     def end_step(self, active: Tensor) -> None:
@@ -176,11 +177,13 @@ class CompressedCache(Cache):
                 for part, size in store.nbytes().items():
                     nbytes[part] = nbytes[part] + size if part in nbytes else size
             first, allocated = stores[0], sum(store.allocated() for store in stores)
-            for b, (seen, kept, compressed) in enumerate(
-                zip(first.seen.tolist(), first.kept_tokens().tolist(), first.compressed_tokens().tolist(), strict=True)
-            ):
+            kept, compressed = (
+                _per_head(torch.stack([count(store) for store in stores]).sum(dim=0), geometry)
+                for count in (PolicyStore.kept_tokens, PolicyStore.compressed_tokens)
+            )
+            for b, seen in enumerate(first.seen.tolist()):
                 sizes = {part: int(size[b]) for part, size in nbytes.items()}
-                rows.append(Usage(seen, kept, compressed, sizes, seen * per_token, allocated))
+                rows.append(Usage(seen, kept[b], compressed[b], sizes, seen * per_token, allocated))
         return rows
 
     def tiers(self, begin: Tensor, end: Tensor) -> list[dict[str, float]]:
@@ -209,6 +212,12 @@ class CompressedCache(Cache):
             bank.end_open_step()
 
 
+def _per_head(total: Tensor, geometry: Geometry) -> list[float]:
+    """Tokens of each row (int64 [B], summed over layers and heads) per layer and head; whole numbers where they are."""
+    heads = geometry.layers * geometry.kv_heads
+    return [number // heads if number % heads == 0 else number / heads for number in total.tolist()]
+
+
 class _Bank:
     """The layers of one device: their stores, who reads them, and the pair of the step that is under way."""
 
@@ -219,25 +228,27 @@ class _Bank:
         panel: Sequence[Policy],
         prompt_lengths: Tensor,
         reading: Reading,
-        inv_freq: Tensor | None,
         workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
         self.open = False  # whether a step is under way
-        # the kernels read pairs in any order; a dense copy wants each at its place
-        track = reading.reader != "kernel"
-        self.stores = [PolicyStore(policy, state, bank, prompt_lengths, reading.kernels, track) for policy in panel]
+        fits = Fits(state, bank, state.rope)
+        by_kernel = [reading.reader == "kernel" and kernels_read(policy, reading) for policy in panel]
+        self.stores = [
+            # the kernels read pairs in any order; a dense copy wants each at its place
+            PolicyStore(policy, state, bank, prompt_lengths, fits, reading.kernels, track=not kernel)
+            for policy, kernel in zip(panel, by_kernel, strict=True)
+        ]
         self.columns = state.lengths.width
         layers, batch, heads, _, dim = bank.keys.shape
         self.keys = bank.keys.new_zeros((layers, len(panel) * batch, heads, dim))
         self.values = torch.zeros_like(self.keys)
-        reindex = None if inv_freq is None else Reindex(inv_freq)
-        if reading.reader == "kernel":
-            self.readers: list[Reader] = [KernelReader(self.stores, reading.attention, reindex)]
-        else:
-            prompts = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
-            memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
-            self.readers = list(dense_readers(self.stores, prompts, reading.reader == "working", memory, reindex))
+        packed = [store for store, kernel in zip(self.stores, by_kernel, strict=True) if kernel]
+        others = [store for store, kernel in zip(self.stores, by_kernel, strict=True) if not kernel]
+        prompts = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
+        memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
+        self.readers: list[Reader] = [KernelReader(packed, reading.attention, state.rope)] if packed else []
+        self.readers += dense_readers(others, prompts, reading.reader == "working", memory, state.rope)
         self._arrange()
 
     def _arrange(self) -> None:

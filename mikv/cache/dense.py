@@ -18,8 +18,9 @@ from torch import Tensor
 from mikv.attention.reference import decode_attention
 from mikv.cache.policy_store import Change, PolicyStore, Received
 from mikv.cache.reader import Reader
-from mikv.cache.reindex import Reindex, gone_after_columns, gone_after_slots
+from mikv.cache.reindex import gone_after_columns, gone_after_slots
 from mikv.cache.tier_store import TierStore
+from mikv.rope import Rope
 from mikv.tensors import at, layer_chunks
 
 # Columns are added in steps of this many when a decode runs on.
@@ -39,13 +40,13 @@ class Prompts(NamedTuple):
 
 
 def dense_readers(
-    stores: Sequence[PolicyStore], prompts: Prompts, working: bool, memory: Memory, reindex: Reindex | None
+    stores: Sequence[PolicyStore], prompts: Prompts, working: bool, memory: Memory, rope: Rope | None
 ) -> list[DenseReader]:
     """Who reads which store of a panel, see DenseReader for the rest."""
     together: list[PolicyStore] = []
     readers: list[DenseReader] = []
     for store in stores:
-        moved = None if store.policy.positions == "original" else reindex
+        moved = None if store.policy.positions == "original" else rope
         own: Memory = partial(_named, memory, len(readers))
         if store.policy.evicts and len(store.tiers) == 1:
             readers.append(BySlot([store], prompts, working, own, moved))
@@ -70,14 +71,14 @@ class DenseReader(Reader):
         prompts: that they hold.
         working: the copy is kept, and follows every change; else it is made anew for each layer and step, and L is 1.
         memory: for the copy.
-        reindex: rotates keys to their place in the cache; None = they stay where they are.
+        rope: turns keys to their place in the cache; None = they stay where they are.
     """
 
     def __init__(
-        self, stores: Sequence[PolicyStore], prompts: Prompts, working: bool, memory: Memory, reindex: Reindex | None
+        self, stores: Sequence[PolicyStore], prompts: Prompts, working: bool, memory: Memory, rope: Rope | None
     ) -> None:
         super().__init__(stores)
-        self._working, self._memory, self._reindex = working, memory, reindex
+        self._working, self._memory, self._rope = working, memory, rope
         self._shape = prompts.shape
         self._padding, self._columns = prompts.padding.repeat(len(stores)), prompts.columns
         self._mass: list[Tensor] = []
@@ -87,7 +88,7 @@ class DenseReader(Reader):
             self._make(prompts.shape[0])
             for chunk in layer_chunks(self.keys.shape):
                 self._fill(chunk, chunk)
-        self._look()
+        self._refresh()
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         place = layer
@@ -95,9 +96,9 @@ class DenseReader(Reader):
             place = 0
             self._make(1)
             self._fill(slice(layer, layer + 1), slice(None))
-        held_keys, held_values, present = self._with_newest(place, keys, values)
-        if self._reindex is not None:
-            held_keys = self._reindex(held_keys, self._gone(layer, present), self._columns)
+        held_keys, held_values, present = self._with_newest(layer, place, keys, values)
+        if self._rope is not None:
+            held_keys = self._rope.turn(held_keys, self._gone(layer, present), self._columns)
         out, mass = decode_attention(query, held_keys, held_values, present, scaling)
         self._mass.append(mass)
         return out
@@ -105,7 +106,7 @@ class DenseReader(Reader):
     def _follow(self, changes: Sequence[Sequence[Change]]) -> None:
         self._mass = []
         self._columns += 1
-        self._look()
+        self._refresh()
         if self._working:
             for (_, rows), some in zip(self._rows(), changes, strict=True):
                 for change in some:
@@ -117,7 +118,7 @@ class DenseReader(Reader):
         if self._working:
             there = rows.to(self.keys.device)
             self.keys, self.values = self.keys[:, there], self.values[:, there]
-        self._look()
+        self._refresh()
 
     def _claim(self, layers: int, slots: int) -> None:
         _, heads, dim = self._shape
@@ -138,21 +139,21 @@ class DenseReader(Reader):
         """Write some layers of the stores into layers of the copy."""
 
     @abstractmethod
-    def _with_newest(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer of the copy with the newest pair [R, H, D]: keys, values [R, H, S, D], and which of them there are, bool
-        [R, H or 1, S]."""
+    def _with_newest(self, layer: int, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer, which lies at a place of the copy, with the newest pair [R, H, D]: keys, values [R, H, S, D], and which of
+        them there are, bool [R, H or 1, S]."""
 
     @abstractmethod
     def _gone(self, layer: int, present: Tensor) -> Tensor:
         """How many tokens are missing after each of these keys, int64 [R, H, S]."""
 
     @abstractmethod
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         """Other rows, or a token more: note what of it matters for reading, and make room."""
 
     @abstractmethod
     def _apply(self, rows: slice, change: Change) -> None:
-        """One token per layer, row and head is rewritten, or goes."""
+        """Some tokens per layer, row and head are rewritten, or go."""
 
 
 class ByColumn(DenseReader):
@@ -169,7 +170,7 @@ class ByColumn(DenseReader):
     def _fill(self, layers: slice, into: slice) -> None:
         for store, rows in self._rows():
             for positions, used, keys, values in store.read(layers):
-                places = torch.where(used.to(positions.device)[None, :, None, :], self._places(rows, positions), 0)
+                places = torch.where(used.to(positions.device), self._places(rows, positions), 0)
                 where = at(places.shape, places)
                 self.keys[into, rows][where] = keys.to(self.keys.dtype)
                 self.values[into, rows][where] = values.to(self.values.dtype)
@@ -180,7 +181,7 @@ class ByColumn(DenseReader):
         padding = self._padding[rows].to(positions.device)
         return 1 + positions + padding.view(1, -1, 1, *([1] * (positions.dim() - 3)))
 
-    def _with_newest(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_newest(self, layer: int, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         newest, here = 1 + self._columns, slice(1, 2 + self._columns)
         self.keys[place, :, :, newest] = keys
         self.values[place, :, :, newest] = values
@@ -204,7 +205,7 @@ class ByColumn(DenseReader):
                 tiers.append(None)
         return Received(tiers, mass[..., -1])
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         self._reserve(2 + self._columns)
         if self._working and self.keys.shape[3] > self._present.shape[3]:
             self._present = _extended(self._present, self.keys.shape[3] - self._present.shape[3])
@@ -236,11 +237,11 @@ class BySlot(DenseReader):
         self.keys[into, :, :, here] = keys
         self.values[into, :, :, here] = values
 
-    def _with_newest(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_newest(self, layer: int, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.keys[place, :, :, 0] = keys
         self.values[place, :, :, 0] = values
         here = slice(1 + self._tier.slots)
-        return self.keys[place, :, :, here], self.values[place, :, :, here], self._present
+        return self.keys[place, :, :, here], self.values[place, :, :, here], self._present[layer % len(self._present)]
 
     def _gone(self, layer: int, present: Tensor) -> Tensor:
         return self._missing[layer]
@@ -252,8 +253,12 @@ class BySlot(DenseReader):
         return Received([mass[..., 1:] if self._tier.with_scores else None], mass[..., 0])
 
     def _apply(self, rows: slice, change: Change) -> None:
+        if change.compacted:
+            for layers in layer_chunks(self.keys.shape):
+                self._fill(layers, layers)
+            return
         if change.keys is None or change.values is None or change.slots is None:
-            return  # in the slot of who is evicted stands who came
+            return  # in the slot of what was evicted stands what came
         where = at(change.slots.shape, 1 + change.slots)
         self.keys[where] = change.keys.to(self.keys.dtype)
         self.values[where] = change.values.to(self.values.dtype)
@@ -263,12 +268,12 @@ class BySlot(DenseReader):
         (tier,) = self.stores[0].tiers
         return tier
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         store, tier = self.stores[0], self._tier
         self._reserve(1 + tier.slots)
-        newest = torch.ones((len(store.seen), 1), dtype=torch.bool)
-        self._present = torch.cat((newest, tier.used()), dim=1)[:, None].to(tier.device)
-        if self._reindex is not None:
+        # [L or 1, R, H or 1, S]: the newest pair is always there
+        self._present = torch.nn.functional.pad(tier.used(), (1, 0), value=True).to(tier.device)
+        if self._rope is not None:
             gone = gone_after_slots(tier.positions(), tier.used(), store.seen)
             self._missing = torch.nn.functional.pad(gone, (1, 0))  # after the newest pair none is
 

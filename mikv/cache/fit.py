@@ -14,6 +14,7 @@ from mikv.cache.compressed import CompressedCache
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.reading import Reading
 from mikv.policy import Policy
+from mikv.rope import Rope
 from mikv.types import Geometry, Lengths
 
 # The balancer is the same for any length, and budgets are rounded down to whole tokens: at this length both weigh little.
@@ -31,12 +32,13 @@ def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
         keys=noise[0],
         values=noise[1],
         query_absmax=noise[0].abs().amax(dim=3),
-        key_absmax=noise[0].abs().amax(dim=3),
+        query_squares=noise[0].square().sum(dim=3),
         observed={} if observer is None else {observer: scores},
     )
     lengths = Lengths(torch.tensor([tokens]), tokens)
-    state = PrefillState((bank,), lengths, torch.zeros(1, dtype=torch.long), Geometry(1, 1, 1, head_dim), torch.bfloat16)
-    (usage,) = CompressedCache(state, [policy], reading=Reading("packed"), inv_freq=torch.ones(head_dim // 2)).usage()
+    rope = Rope(torch.ones(head_dim // 2))
+    state = PrefillState((bank,), lengths, torch.zeros(1, dtype=torch.long), Geometry(1, 1, 1, head_dim), torch.bfloat16, rope)
+    (usage,) = CompressedCache(state, [policy], reading=Reading("packed")).usage()
     return sum(usage.nbytes.values()) / usage.full_nbytes
 
 

@@ -6,16 +6,23 @@ Where a policy re-indexes positions its keys must be rotated anew at each step: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mikv.cache.policy_store import Change, PolicyStore, Received
 from mikv.cache.reader import Reader
-from mikv.cache.reindex import Reindex, gone_after_slots
+from mikv.cache.reindex import gone_after_slots
 from mikv.cache.tier_store import TierStore
 from mikv.kernels import pick
-from mikv.kernels.segments import Segment, Vectors
+from mikv.kernels.segments import PACKED_BITS, Segment, Vectors
+from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.exact import Exact
+from mikv.quant.tier import Tier
+from mikv.quant.transforms.balance import Balance
+from mikv.quant.transforms.rotate import Rotate
+from mikv.rope import Rope
 
 
 class KernelReader(Reader):
@@ -24,25 +31,24 @@ class KernelReader(Reader):
     Args:
         stores: see Reader.
         implementation: see mikv.kernels.pick.
-        reindex: needed where a policy has contiguous positions.
+        rope: needed where a policy has contiguous positions.
     """
 
-    def __init__(
-        self, stores: Sequence[PolicyStore], implementation: str | None = None, reindex: Reindex | None = None
-    ) -> None:
+    def __init__(self, stores: Sequence[PolicyStore], implementation: str | None = None, rope: Rope | None = None) -> None:
         super().__init__(stores)
-        self._implementation, self._reindex = implementation, reindex
+        self._implementation, self._rope = implementation, rope
         self._mass: list[list[Sequence[Tensor | None]]] = [[] for _ in self.stores]  # by store, layer and segment
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         outs = []
         for (store, rows), mass in zip(self._rows(), self._mass, strict=True):
-            segments = [tier_segment(tier, layer) for tier in store.tiers]
+            mine = query[rows].squeeze(2)
+            segments = [tier_segment(tier, layer, mine) for tier in store.tiers]
             if store.policy.positions == "contiguous":
-                assert self._reindex is not None
-                segments = _rotated(store, layer, segments, query.dtype, self._reindex)
+                assert self._rope is not None
+                segments = _rotated(store, layer, segments, query.dtype, self._rope)
             segments.append(_newest(keys[rows], values[rows], store.policy.importance is not None))
-            attention = pick.decode_attention(query[rows].squeeze(2), segments, scaling, self._implementation)
+            attention = pick.decode_attention(mine, segments, scaling, self._implementation)
             outs.append(attention.out)
             mass.append(attention.mass)
         return torch.cat(outs).unsqueeze(1)
@@ -67,12 +73,50 @@ def _stacked(of_layers: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
-def tier_segment(tier: TierStore, layer: int) -> Segment:
-    """One layer of a tier as the kernels read it. Nothing is copied."""
-    stop = tier.count.to(device=tier.device, dtype=torch.int32)
-    balancer = None if tier.balancer is None else tier.balancer[layer, :, :, 0].contiguous()
-    keys, values = (_vectors(tier, name, bits, layer) for name, bits in (("keys", tier.tier.k), ("values", tier.tier.v)))
-    return Segment(keys, values, stop, balancer=balancer, wants_mass=tier.with_scores)
+def served(tier: Tier, implementation: str | None) -> bool:
+    """Whether the kernels read a tier: codes that they know, in groups of one size, behind transforms that can be folded."""
+    codes = [chain.code for chain in (tier.key, tier.value)]
+    affine = [code for code in codes if isinstance(code, Affine)]
+    if any(code.bits not in PACKED_BITS for code in affine) or len(affine) + sum(isinstance(c, Exact) for c in codes) < 2:
+        return False
+    groups = {code.group for code in affine}
+    folded = {type(step) for step in tier.key.transforms}
+    return len(groups) < 2 and (implementation != "triton" or (folded <= {Balance, Rotate} and not tier.value.transforms))
+
+
+def tier_segment(tier: TierStore, layer: int, query: Tensor) -> Segment:
+    """One layer of a tier as the kernels read it, for a query [R, Hq, D]. Nothing is copied."""
+    keys, values = (
+        _vectors(tier, name, chain.bits, layer) for name, chain in (("keys", tier.tier.key), ("values", tier.tier.value))
+    )
+    stop = tier.count[layer].to(device=tier.device, dtype=torch.int32)
+    segment = Segment(keys, values, stop, wants_mass=tier.with_scores)
+    if tier.tier.key.transforms == (Balance(),):  # the paper's, which the kernels divide out themselves
+        segment = segment._replace(balancer=tier.sides["keys", tier.tier.key.transforms]["balancer"][layer].contiguous())
+    elif tier.tier.key.transforms:
+        grouped = query.float().unflatten(1, (keys.data.shape[1], -1))[None]  # [1, R, H, G, D]
+        folded, shift = fold_query(tier, layer, grouped)
+        segment = segment._replace(query=folded[0].flatten(1, 2), shift=None if shift is None else shift[0])
+    if tier.tier.value.transforms:
+        segment = segment._replace(output=partial(fold_output, tier, layer))
+    return segment
+
+
+def fold_query(tier: TierStore, layer: int, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The query [1, R, H, G, D] as the stored keys of a tier want it, and what is added to the logits, [1, R, H, G, S or 1]."""
+    shift: Tensor | None = None
+    for step, side, where in tier.steps("keys", layer):
+        added = step.shift(query, side, where)
+        shift = added if shift is None or added is None else shift + added
+        query = step.query(query, side)
+    return query, shift
+
+
+def fold_output(tier: TierStore, layer: int, out: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of a tier's values from that of the vectors that are stored: out [R, H, G, D], weight [R, H, G, 1]."""
+    for step, side, _ in reversed(list(tier.steps("values", layer))):
+        out = step.output(out[None], weight[None], side)[0]
+    return out
 
 
 def _vectors(tier: TierStore, name: str, bits: int, layer: int) -> Vectors:
@@ -81,23 +125,23 @@ def _vectors(tier: TierStore, name: str, bits: int, layer: int) -> Vectors:
     return Vectors(bits, *(tier.parts[f"{name}.{part}"][layer] for part in ("codes", "scale", "zero")))
 
 
-def _rotated(
-    store: PolicyStore, layer: int, segments: Sequence[Segment], dtype: torch.dtype, reindex: Reindex
-) -> list[Segment]:
+def _rotated(store: PolicyStore, layer: int, segments: Sequence[Segment], dtype: torch.dtype, rope: Rope) -> list[Segment]:
     """The same segments with keys that are unpacked and stand where a re-indexed cache shows them."""
     here = slice(layer, layer + 1)
     slots = [tier.slots for tier in store.tiers]
     positions = torch.cat([tier.positions(here)[0] for tier in store.tiers], dim=2)
-    used = torch.cat([tier.used() for tier in store.tiers], dim=1)
+    used = torch.cat([torch.arange(tier.slots) < tier.count[layer][..., None] for tier in store.tiers], dim=2)
     gone = gone_after_slots(positions, used, store.seen).split(slots, dim=2)
     seen = int(store.seen.max())
     return [
-        segment._replace(keys=Vectors(16, reindex(tier.read(here)[0][0].to(dtype), missing, seen)), balancer=None)
+        segment._replace(
+            keys=Vectors(16, rope.turn(tier.read(here)[0][0].to(dtype), missing, seen)), balancer=None, query=None, shift=None
+        )
         for segment, tier, missing in zip(segments, store.tiers, gone, strict=True)
     ]
 
 
 def _newest(keys: Tensor, values: Tensor, wants_mass: bool) -> Segment:
-    stop = torch.ones(len(keys), dtype=torch.int32, device=keys.device)
+    stop = torch.ones(keys.shape[:2], dtype=torch.int32, device=keys.device)
     key, value = (Vectors(16, x.unsqueeze(2).contiguous()) for x in (keys, values))
     return Segment(key, value, stop, wants_mass=wants_mass)

@@ -1,37 +1,45 @@
 """One policy's packed cache of a batch: the tiers, who is in them, and how tokens move down.
 
 Built once from an exact prefill (every prompt token is quantized from its exact value, once), then stepped: a new token
-enters the first tier, scores grow, and where a budget is exceeded the least important token goes one tier down, for good.
+enters the first tier, scores grow, and where a budget is exceeded the least important tokens go one tier down, for good.
 A token that leaves a 16-bit tier is quantized here for the first and only time; one that leaves a quantized tier (INT8 to
 INT2) is quantized from what that tier still knows of it, at most once per tier.
+
+How many tokens move is known from lengths and the prompt's quotas, on the CPU; who moves is decided where the tensors lie.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mikv.assignment import assign, priority
+from mikv.assignment import assign, lowest, passes, priority, protected
 from mikv.cache.prefill import PrefillBank, PrefillState
+from mikv.cache.sides import Fits, Sides
 from mikv.cache.tier_store import Pairs, TierStore
+from mikv.importance.base import Context
 from mikv.policy import Policy
-from mikv.quant.balance import balancer
 from mikv.tensors import layer_chunks, taken
+
+_POSITION_BYTES, _SCORE_BYTES = 4, 4
 
 
 class Change(NamedTuple):
-    """A token whose stored value changed: positions int64 [L, B, H]; where bool [L, B, H]: whether it happened at all; keys,
-    values float32 [L, B, H, D], and slots int64 [L, B, H] of its tier, or None where it was evicted."""
+    """Tokens whose stored value changed: positions int64 [L, B, H, n]; where bool [L, B, H, n]: whether it happened at all;
+    keys, values float32 [L, B, H, n, D], and slots int64 [L, B, H, n] of their tier, or None where they were evicted.
+    compacted: other tokens of the tier have changed their slots."""
 
     positions: Tensor
     where: Tensor
     keys: Tensor | None = None
     values: Tensor | None = None
     slots: Tensor | None = None
+    compacted: bool = False
 
 
 class Received(NamedTuple):
@@ -42,20 +50,6 @@ class Received(NamedTuple):
     newest: Tensor | None = None
 
 
-def _lowest(value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The slot with the lowest value [L, B, H, S], its value and its position, each [L, B, H]; ties: the earliest token."""
-    if not value.shape[-1]:
-        none = positions.new_zeros(positions.shape[:3])
-        return none, torch.full_like(none, torch.inf, dtype=value.dtype), none
-    least = value.amin(dim=-1, keepdim=True)
-    slot = torch.where(value == least, positions, torch.iinfo(torch.int64).max).argmin(dim=-1, keepdim=True)
-    return slot.squeeze(-1), least.squeeze(-1), positions.gather(-1, slot).squeeze(-1)
-
-
-def _per_row(x: Tensor, positions: Tensor) -> Tensor:
-    return x.to(positions.device)[None, :, None, None]
-
-
 class PolicyStore:
     """Compress the layers of one bank by one policy.
 
@@ -63,7 +57,8 @@ class PolicyStore:
         policy: tiers, budgets, importance.
         state: the prefill; not changed.
         bank: which of its banks.
-        prompt_lengths: int64 [B], the length that budgets of kind `fixed` are shares of.
+        prompt_lengths: int64 [B], the length that budgets of the prompt are shares of.
+        fits: what transforms are fitted to, shared by the policies of a panel.
         packing: who quantizes and packs, see mikv.kernels.pick.
         track: keep the positions of all tokens, also where the policy does not need them (a dense copy does, and who looks
             inside).
@@ -75,44 +70,90 @@ class PolicyStore:
         state: PrefillState,
         bank: PrefillBank,
         prompt_lengths: Tensor,
+        fits: Fits | None = None,
         packing: str = "reference",
         track: bool = False,
     ) -> None:
         self.policy = policy
         self._packing, self._track = packing, track
-        self._layers, self._rows = bank.layers, state.rows.to(bank.layers.device)
-        self._heads = state.geometry.kv_heads
+        self._layers, self._prompts = bank.layers, state.rows.to(bank.layers.device)
+        self._geometry, self._dtype = state.geometry, state.dtype
         self._prompt_lengths = prompt_lengths
         self.seen = state.lengths.tokens.clone()
-        quantized = any(0 < tier.k < 16 for tier in policy.tiers)
-        self.balancer = balancer(bank.query_absmax, bank.key_absmax) if policy.balance and quantized else None
+        self._steps = torch.zeros_like(self.seen)  # tokens taken in since the prompt
+        self._rope = state.rope
+        for tier in policy.tiers:
+            tier.check(state.geometry.head_dim)
+        fits = Fits(state, bank, state.rope) if fits is None else fits
+        stored = [tier for tier in policy.tiers if not tier.evicted]
+        chains = {"keys": [tier.key for tier in stored], "values": [tier.value for tier in stored]}
+        self.sides: Sides = fits.sides(chains, policy.sinks)
 
-        positions = state.lengths.positions(bank.keys.device)
-        scores = None
-        if policy.importance is not None:
-            watched = None if policy.importance.observer is None else bank.observed[policy.importance.observer]
-            scores = policy.importance.prefill(watched, bank.layers, self._rows, positions, self._heads)
-        positions = positions[None, :, None, :].expand(bank.keys.shape[:4])
+        positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
+        self._costs = tuple(map(self._token_bytes, range(len(policy.tiers)))), self._side_bytes() / self._per_row
+        context = self._context(positions, bank.keys, bank.values)
+        scores = self.score_prompt(state, bank)
+        self._settled = None if policy.budget.grows else policy.budget.quotas(scores, context)
         device = bank.keys.device
-        assigned = assign(policy, scores, positions, self.seen.to(device), self._budget_lengths().to(device))
+        quotas = self._quotas(context).to(device)
+        assigned = assign(policy, scores, positions, self.seen.to(device), quotas)
         self.tiers = [
-            self._build(index, bank, assigned == index, positions, scores, state.dtype)
+            self._build(index, bank, assigned == index, positions, scores)
             for index, tier in enumerate(policy.tiers)
             if not tier.evicted
         ]
 
-    def _build(
-        self,
-        index: int,
-        bank: PrefillBank,
-        members: Tensor,
-        positions: Tensor,
-        scores: Tensor | None,
-        dtype: torch.dtype,
-    ) -> TierStore:
-        count = members[0, :, 0].sum(dim=-1).cpu()  # the same for all layers and heads: budgets are numbers of tokens
+    def score_prompt(self, state: PrefillState, bank: PrefillBank) -> Tensor | None:
+        """Importance of the prompt's tokens, float32 [L, B, H, T], before any step; None for a policy without."""
+        importance = self.policy.importance
+        if importance is None:
+            return None
+        positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
+        observed = None if importance.observer is None else bank.observed[importance.observer]
+        context = self._context(positions, bank.keys, bank.values)
+        return importance.score(replace(context, observed=observed, output_projection=state.output_projection))
+
+    def _context(self, positions: Tensor, keys: Tensor, values: Tensor) -> Context:
+        seen = self.seen.to(positions.device)[None, :, None, None]
+        return Context(
+            layers=self._layers,
+            total_layers=self._geometry.layers,
+            prompts=self._prompts,
+            positions=positions,
+            seen=self.seen,
+            prompt_lengths=self._prompt_lengths,
+            protected=protected(self.policy, positions, seen),
+            keys=keys,
+            values=values,
+            token_bytes=self._costs[0],
+            side_bytes=self._costs[1],
+        )
+
+    @property
+    def _per_row(self) -> int:
+        """Layers times heads."""
+        return len(self._layers) * self._geometry.kv_heads
+
+    def _token_bytes(self, index: int) -> float:
+        """What a token takes in a tier, per layer and head."""
+        tier, dim = self.policy.tiers[index], self._geometry.head_dim
+        if tier.evicted:
+            return 0.0
+        assert tier.key.code is not None
+        assert tier.value.code is not None
+        size = (tier.key.code.size(dim) + tier.value.code.size(dim)) * dim / 8
+        size += _POSITION_BYTES if self._positions_of(index) == "stored" else 0
+        return size + (_SCORE_BYTES if self._ranked_by_score(index) else 0)
+
+    def _ranked_by_score(self, index: int) -> bool:
+        return self.policy.importance is not None and self.policy.leaves(index)
+
+    def _build(self, index: int, bank: PrefillBank, members: Tensor, positions: Tensor, scores: Tensor | None) -> TierStore:
+        count = members.sum(dim=-1).cpu()
         columns = (~members).to(torch.uint8).argsort(dim=-1, stable=True)  # members first, in order
-        columns = columns[..., : int(count.max())]
+        block = self.policy.tiers[index].block
+        # a longest row that fills no block has columns to spare only where there are that many: other ones pad it
+        columns = columns[..., : -(-int(count.max()) // block) * block]
 
         def chunks() -> Iterator[Pairs]:
             for layers in layer_chunks(bank.keys.shape):
@@ -124,27 +165,28 @@ class PolicyStore:
                     None if scores is None else scores[layers].gather(3, where),
                 )
 
-        last = index == len(self.policy.tiers) - 1
         return TierStore(
             self.policy.tiers[index],
+            self.sides,
             chunks(),
             count,
-            bank.keys.shape[-1],
-            None if self.balancer is None else self.balancer.unsqueeze(3),
-            dtype,
+            self._dtype,
             positions=self._positions_of(index),
-            with_scores=scores is not None and not last,
+            with_scores=self._ranked_by_score(index),
+            rope=self._rope,
             packing=self._packing,
         )
 
-    def _positions_of(self, tier: int) -> str:
-        """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, and
-        re-indexing wants those of all."""
-        if len(self.policy.tiers) == 1:
+    def _positions_of(self, index: int) -> str:
+        """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, re-indexing
+        wants those of all, and so do transforms that turn with the position."""
+        policy, tier = self.policy, self.policy.tiers[index]
+        if len(policy.tiers) == 1:
             return "slots"
-        if tier < len(self.policy.tiers) - 1 or self.policy.positions == "contiguous":
+        if policy.leaves(index) or policy.positions == "contiguous" or tier.key.needs_positions:
             return "stored"
-        return "tracked" if self._track else "unknown"
+        # which tokens were evicted is reported, if by nothing else than the positions of those that were not
+        return "tracked" if self._track or policy.evicts else "unknown"
 
     def step(self, keys: Tensor, values: Tensor, received: Received, active: Tensor) -> list[Change]:
         """Take in the token of a decode step, after its attention.
@@ -158,130 +200,177 @@ class PolicyStore:
             What changed, in order.
         """
         policy, device = self.policy, keys.device
-        positions = self.seen.to(device)
-        entry = None
-        if policy.importance is not None:
-            assert received.newest is not None
-            for tier, mass in zip(self.tiers, received.tiers, strict=True):
-                scores = tier.scores()
-                if scores is not None:
-                    assert mass is not None
-                    tier.set_scores(policy.importance.decode(scores, mass))
-            entry = policy.importance.entry(self._layers, self._rows, positions, self._heads)
-            entry = policy.importance.decode(entry, received.newest)
-        incoming = Pairs(keys, values, positions[None, :, None].expand(keys.shape[:3]), entry)
-        arriving = active
+        positions = self.seen.to(device)[None, :, None, None].expand(*keys.shape[:3], 1)
         self.seen = self.seen + active  # never in place: what was handed out keeps its value
-        quotas = policy.quotas(self._budget_lengths())
+        self._steps = self._steps + active
+        context = self._context(positions, keys.unsqueeze(3), values.unsqueeze(3))
+        scores = self._scored(context, received) if self._ranked_by_score(0) else None
+        incoming = Pairs(context.keys, context.values, positions, scores)
+        running = active[None, :, None].expand(keys.shape[:3])
+        arriving = running.long()
+        due = running & (self._steps % policy.every == 0)[None, :, None] if policy.every else torch.zeros_like(running)
+        quotas = self._quotas(context) if len(policy.tiers) > 1 else None
         changes = []
         for index, tier in enumerate(self.tiers):
-            held = torch.stack([t.count for t in self.tiers[: index + 1]]).sum(dim=0) + arriving
-            leaving = (held > quotas[index]) & active if index < len(quotas) else torch.zeros_like(active)
+            leaving = torch.zeros_like(arriving)
+            if quotas is not None and index < len(quotas):
+                leaving = self._leaving(index, incoming, arriving, quotas[index], due)
             if arriving.any() or leaving.any():
-                change, incoming = self._settle(tier, incoming, arriving, leaving)
+                change, incoming = self._settle(index, tier, incoming, arriving, leaving, quotas)
                 changes.append(change)
             arriving = leaving
         if policy.evicts and arriving.any():
-            gone = arriving.to(device)[None, :, None].expand(keys.shape[:3])
+            gone = torch.arange(incoming.positions.shape[3], device=device) < arriving.to(device)[..., None]
             changes.append(Change(incoming.positions, gone))
         return changes
 
-    def _settle(self, tier: TierStore, incoming: Pairs, arriving: Tensor, leaving: Tensor) -> tuple[Change, Pairs]:
-        """Let a token into a tier and the least important one out of it, whichever it is.
+    def _scored(self, context: Context, received: Received) -> Tensor:
+        """Scores grow by what a step gave; those of its token, [L, B, H, 1]."""
+        importance = self.policy.importance
+        assert importance is not None
+        assert received.newest is not None
+        for tier, mass in zip(self.tiers, received.tiers, strict=True):
+            scores = tier.scores()
+            if scores is not None:
+                assert mass is not None
+                tier.set_scores(importance.update(scores, mass))
+        mass = received.newest[..., None]
+        return importance.update(importance.score(replace(context, mass=mass)), mass)
 
-        incoming [L, B, H, ...] counts in the rows where `arriving` is True (bool [B], CPU); one token leaves the rows where
-        `leaving` is. A token that leaves at once is never stored here: it goes on as exact as it came.
-        Returns what was stored, and the tokens that leave.
-        """
+    def _leaving(self, index: int, incoming: Pairs, arriving: Tensor, quota: Tensor, due: Tensor) -> Tensor:
+        """How many tokens leave a tier, int64 [L, B, H]: those above its quota, in whole blocks of the tier below."""
+        held = torch.stack([tier.count for tier in self.tiers[: index + 1]]).sum(dim=0) + arriving
+        over = torch.where(due, (held - quota).clamp(min=0), 0)
+        policy = self.policy
+        if policy.window_tier > index or policy.sinks_tier > index:
+            seen = self.seen.to(incoming.positions.device)[None, :, None, None]
+            there = torch.arange(incoming.positions.shape[3], device=seen.device) < arriving.to(seen.device)[..., None]
+            on = (passes(policy, index, incoming.positions, seen) & there).sum(dim=-1).cpu()
+            over = over.maximum(on)
+        over = over.minimum(self.tiers[index].count + arriving)
+        below = policy.tiers[index + 1].block
+        return over // below * below
+
+    def _settle(
+        self, index: int, tier: TierStore, incoming: Pairs, arriving: Tensor, leaving: Tensor, quotas: Tensor | None
+    ) -> tuple[Change, Pairs]:
+        """Let tokens into a tier and the least important ones out of it, whichever they are.
+
+        incoming [L, B, H, A, ...], of which the first `arriving` (int64 [L, B, H], CPU) count; `leaving` go. A token that
+        leaves at once is never stored here: it goes on as exact as it came. Returns what was stored, and the tokens that
+        leave."""
         device = self._layers.device
-        seen = self.seen.to(device)[None, :, None]
-        rejected = torch.zeros_like(incoming.positions, dtype=torch.bool)
-        slot = torch.zeros_like(incoming.positions)
+        chosen = None
+        tier.reserve(incoming.positions.shape[3])
         if leaving.any():
-            first_quota = self.policy.quotas(self._budget_lengths())[0].to(device)[None, :, None]
-            positions = tier.positions()
-            value = priority(self.policy, tier.scores(), positions, seen[..., None], first_quota[..., None])
-            unused = ~tier.used().to(device)[None, :, None, :]
-            slot, least, at_position = _lowest(value.masked_fill(unused, torch.inf), positions)
-            mine = priority(self.policy, incoming.scores, incoming.positions, seen, first_quota)
-            lower = (mine < least) | ((mine == least) & (incoming.positions < at_position))
-            rejected = lower & (arriving & leaving).to(device)[None, :, None]
-        stored, slots, taken = tier.exchange(incoming, slot, arriving, leaving, rejected)
-        outgoing = Pairs(
-            torch.where(rejected[..., None], incoming.keys.float(), taken.keys),
-            torch.where(rejected[..., None], incoming.values.float(), taken.values),
-            torch.where(rejected, incoming.positions, taken.positions),
-            None if taken.scores is None or incoming.scores is None else torch.where(rejected, incoming.scores, taken.scores),
-        )
-        here = arriving.to(device)[None, :, None] & ~rejected
-        return Change(incoming.positions, here, *stored, slots), outgoing
+            assert quotas is not None
+            seen = self.seen.to(device)[None, :, None, None]
+            first_quota = quotas[0].to(device)[..., None]
+            positions, scores = tier.positions(), tier.scores()
+            there = torch.arange(incoming.positions.shape[3], device=device) < arriving.to(device)[..., None]
+            both = torch.cat((positions, incoming.positions), dim=3)
+            of_both = None
+            if scores is not None:
+                assert incoming.scores is not None
+                of_both = torch.cat((scores, incoming.scores), dim=3)
+            value = priority(self.policy, index, of_both, both, seen, first_quota)
+            used = tier.used().to(device).expand(positions.shape)
+            value = value.masked_fill(~torch.cat((used, there), dim=3), torch.inf)
+            chosen = lowest(value, both, int(leaving.max()))
+            if chosen.shape[3] > 1:
+                chosen = self._in_order(chosen, both, leaving)
+        exchanged = tier.exchange(incoming, arriving, leaving, chosen)
+        stored = Change(incoming.positions, *exchanged[:4], exchanged.compacted)
+        return stored, exchanged.taken
 
-    def _budget_lengths(self) -> Tensor:
-        return self.seen if self.policy.budget == "ratio" else self._prompt_lengths
+    @staticmethod
+    def _in_order(chosen: Tensor, positions: Tensor, leaving: Tensor) -> Tensor:
+        """The same, the first `leaving` in the order of positions: neighbours in time share a block."""
+        counts = torch.arange(chosen.shape[3], device=chosen.device) < leaving.to(chosen.device)[..., None]
+        place = positions.gather(-1, chosen).masked_fill(~counts, torch.iinfo(torch.int64).max)
+        return chosen.gather(-1, place.argsort(dim=-1, stable=True))
+
+    def _quotas(self, context: Context) -> Tensor:
+        """Cumulative, int64 [tiers - 1, L, B, H] on the CPU."""
+        found = self.policy.budget.quotas(None, context) if self._settled is None else self._settled
+        per_head = (len(self._layers), len(self.seen), self._geometry.kv_heads)
+        return found.expand(len(self.policy.tiers) - 1, *per_head)
 
     def fork(self, rows: Tensor) -> PolicyStore:
         """A store of its own with some of the rows (int64, CPU; one may come several times)."""
         forked = copy.copy(self)
-        forked.tiers = [tier.fork(rows) for tier in self.tiers]
         forked._take(rows)
+        forked.tiers = [tier.fork(rows, forked.sides) for tier in self.tiers]
         return forked
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows, tier by tier, so that what is left is not held twice."""
-        for tier in self.tiers:
-            tier.select(rows)
         self._take(rows)
+        for tier in self.tiers:
+            tier.select(rows, self.sides)
 
     def _take(self, rows: Tensor) -> None:
         there = rows.to(self._layers.device)
-        self.seen, self._prompt_lengths, self._rows = self.seen[rows], self._prompt_lengths[rows], self._rows[there]
-        if self.balancer is not None:
-            self.balancer = self.balancer[:, there]
+        self.seen, self._steps, self._prompt_lengths = self.seen[rows], self._steps[rows], self._prompt_lengths[rows]
+        self._prompts = self._prompts[there]
+        if self._settled is not None:
+            self._settled = self._settled[:, :, rows]
+        self.sides = {steps: {name: tensor[:, there] for name, tensor in side.items()} for steps, side in self.sides.items()}
 
     def read(self, layers: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [B, S], keys and values
-        float32 [l, B, H, S, D]."""
-        return [(tier.positions(layers), tier.used(), *tier.read(layers)) for tier in self.tiers]
+        """Everything stored of some layers, per tier: positions int64 [l, B, H, S], used bool [l, B, H, S] (on the CPU), keys
+        and values float32 [l, B, H, S, D]."""
+        found = []
+        for tier in self.tiers:
+            positions = tier.positions(layers)
+            used = tier.used()
+            used = (used if len(used) == 1 else used[layers]).expand(positions.shape)
+            found.append((positions, used, *tier.read(layers)))
+        return found
 
     def nbytes(self) -> dict[str, Tensor]:
-        """Bytes by part, int64 [B]: raw (16-bit values), codes, scale, zero, positions, scores, balancer."""
+        """Bytes by part, int64 [B]: raw (16-bit values), codes, scale, zero, norm, positions, scores, balancer, mean."""
         total: dict[str, Tensor] = {}
         for tier in self.tiers:
             for kind, size in tier.nbytes().items():
                 total[kind] = total.get(kind, 0) + size
-        if self.balancer is not None:
-            total["balancer"] = torch.full_like(self.seen, self._balancer_bytes())
+        for side in self.sides.values():
+            for name, tensor in side.items():
+                size = torch.full_like(self.seen, tensor[:, 0].numel() * tensor.element_size())
+                total[name] = total.get(name, 0) + size
         return total
 
     def allocated(self) -> int:
         """Bytes that one row's tensors take of the memory, slots that are not used included."""
-        return sum(tier.allocated() for tier in self.tiers) + self._balancer_bytes()
+        return sum(tier.allocated() for tier in self.tiers) + self._side_bytes()
 
-    def _balancer_bytes(self) -> int:
-        return 0 if self.balancer is None else self.balancer[:, 0].numel() * self.balancer.element_size()
+    def _side_bytes(self) -> int:
+        """Bytes of what transforms were fitted to, of one row."""
+        tensors = [tensor for side in self.sides.values() for tensor in side.values()]
+        return sum(tensor[:, :1].numel() * tensor.element_size() for tensor in tensors)
 
     def compressed_tokens(self) -> Tensor:
-        """Tokens per layer and head that are not held at 16 bits (evicted ones included), int64 [B]."""
-        exact = [tier.count for tier in self.tiers if tier.tier.k == tier.tier.v == 16]
-        return self.seen - (torch.stack(exact).sum(dim=0) if exact else 0)
+        """Tokens that are not held at 16 bits (evicted ones included), summed over layers and heads, int64 [B]."""
+        exact = [tier.count.sum(dim=(0, 2)) for tier in self.tiers if tier.tier.exact]
+        return self.seen * self._per_row - (torch.stack(exact).sum(dim=0) if exact else 0)
 
     def held(self, begin: Tensor, end: Tensor) -> dict[str, Tensor]:
         """How many of the tokens at positions begin <= p < end (int64 [B]) each tier stores, summed over layers and heads:
         float64 [B] by the tier's bits."""
         counts: dict[str, Tensor] = {}
-        rest = (end - begin).clamp(min=0).double() * len(self._layers) * self._heads
+        rest = (end - begin).clamp(min=0).double() * self._per_row
         for tier in self.tiers:
             if not tier.knows_positions:  # the last one, of a policy that keeps every token: it has what the others have not
                 counts[str(tier.tier)] = counts.get(str(tier.tier), 0) + rest
                 continue
             positions = tier.positions()
-            here = (positions >= _per_row(begin, positions)) & (positions < _per_row(end, positions))
-            here &= tier.used().to(positions.device)[None, :, None, :]
+            first, last = (x.to(positions.device)[None, :, None, None] for x in (begin, end))
+            here = (positions >= first) & (positions < last) & tier.used().to(positions.device)
             count = here.sum(dim=(0, 2, 3)).double().cpu()
             counts[str(tier.tier)] = counts.get(str(tier.tier), 0) + count
             rest = rest - count
         return counts
 
     def kept_tokens(self) -> Tensor:
-        """Tokens per layer and head that are stored in some tier, int64 [B]."""
-        return torch.stack([tier.count for tier in self.tiers]).sum(dim=0)
+        """Tokens that are stored in some tier, summed over layers and heads, int64 [B]."""
+        return torch.stack([tier.count.sum(dim=(0, 2)) for tier in self.tiers]).sum(dim=0)

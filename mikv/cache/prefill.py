@@ -6,7 +6,7 @@ tensors are stacked, so that compressing and demoting is one operation for all o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from mikv.attention.reference import causal_attention
 from mikv.importance.base import Observer, ObserverState
 from mikv.importance.scores import ColumnSumsState
 from mikv.kernels import pick
+from mikv.rope import Rope
 from mikv.types import Geometry, Lengths
 
 
@@ -28,27 +29,30 @@ class PrefillBank:
     """Prefill of the layers of one device.
 
     layers int64 [L] (their indices); keys, values [L, B, H, T, D] in the model's dtype, keys after RoPE; query_absmax,
-    key_absmax float32 [L, B, H, D], maxima over real tokens (and the query heads of a group); observed: float32
-    [L, B, H, T] per observer.
+    query_squares float32 [L, B, H, D], the largest |q| and the sum of q^2 over real tokens and the query heads of a group;
+    observed: float32 [L, B, H, T] per observer.
     """
 
     layers: Tensor
     keys: Tensor
     values: Tensor
     query_absmax: Tensor
-    key_absmax: Tensor
+    query_squares: Tensor
     observed: dict[Observer, Tensor]
 
 
 @dataclass(frozen=True)
 class PrefillState:
-    """Prefill of a batch. rows int64 [B]: a number that names each prompt (for seeded scores)."""
+    """Prefill of a batch. rows int64 [B]: a number that names each prompt (for seeded scores); rope: of the model, None where
+    its frequencies are not fixed; output_projection: see mikv.importance.base.Context."""
 
     banks: tuple[PrefillBank, ...]
     lengths: Lengths
     rows: Tensor
     geometry: Geometry
     dtype: torch.dtype
+    rope: Rope | None = None
+    output_projection: Callable[[int], Tensor] | None = None
 
 
 class PrefillCache(Cache):
@@ -88,10 +92,12 @@ class PrefillCache(Cache):
             layers += [_PrefillLayer(bank, i) for i in range(len(bank.layers))]
         super().__init__(layers=layers)
 
-    def state(self, rows: Tensor) -> PrefillState:
-        """What was collected. rows: see PrefillState."""
+    def state(
+        self, rows: Tensor, rope: Rope | None = None, output_projection: Callable[[int], Tensor] | None = None
+    ) -> PrefillState:
+        """What was collected. Arguments: see PrefillState."""
         banks = tuple(bank.finish() for bank in self._collecting)
-        return PrefillState(banks, self._lengths, rows, self._geometry, self._dtype)
+        return PrefillState(banks, self._lengths, rows, self._geometry, self._dtype, rope, output_projection)
 
 
 class _CollectingBank:
@@ -113,12 +119,14 @@ class _CollectingBank:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.query_absmax = torch.zeros((len(layers), batch, heads, dim), device=device)
-        self.key_absmax = torch.zeros_like(self.query_absmax)
+        self.query_squares = torch.zeros_like(self.query_absmax)
         self.real = lengths.positions(device) >= 0
         self.padding = self.real if lengths.padding.any() else None
         geometry = geometry._replace(layers=len(layers))
         self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
-        sums = [state for state in self.watching.values() if isinstance(state, ColumnSumsState)]
+        sums = [
+            state for observer, state in self.watching.items() if isinstance(state, ColumnSumsState) and observer.last is None
+        ]
         by_kernel = kernels == "triton" and prefix is None and len(sums) == len(self.watching)
         self.sums = sums if by_kernel else None
         self.shift = lengths.padding.to(device, torch.int32)
@@ -127,6 +135,7 @@ class _CollectingBank:
             self.shared = prefix.keys.shape[3]
             self._padding = lengths.padding.tolist()
             self.query_absmax += prefix.query_absmax
+            self.query_squares += prefix.query_squares
             self._place(prefix.keys, self.keys)
             self._place(prefix.values, self.values)
         # columns that the pass is fed; in rows with padding the first of them belong to the prefix
@@ -141,10 +150,12 @@ class _CollectingBank:
         observed = {observer: state.result() for observer, state in self.watching.items()}
         if self.prefix is not None:
             for observer, after in observed.items():
+                if observer.last is not None:
+                    continue  # none of its queries lies in the prefix
                 before = torch.zeros_like(after)
                 self._place(self.prefix.observed[observer], before)
                 observed[observer] = observer.combine(before, after)
-        return PrefillBank(self.layers, self.keys, self.values, self.query_absmax, self.key_absmax, observed)
+        return PrefillBank(self.layers, self.keys, self.values, self.query_absmax, self.query_squares, observed)
 
 
 class _PrefillLayer(CacheLayerMixin):
@@ -175,15 +186,21 @@ class _PrefillLayer(CacheLayerMixin):
         """Exact causal attention, watched by the observers."""
         bank, layer = self._bank, self._index
         key, value = bank.keys[layer], bank.values[layer]
-        bank.key_absmax[layer] = _absmax(key, bank.real)
-        per_query_head = _absmax(query, bank.fed).unflatten(1, (key.shape[1], -1)).amax(dim=2)
-        bank.query_absmax[layer] = torch.maximum(bank.query_absmax[layer], per_query_head)
+        absmax, squares = _moments(query, bank.fed, key.shape[1])
+        bank.query_absmax[layer] = torch.maximum(bank.query_absmax[layer], absmax)
+        bank.query_squares[layer] += squares
 
         def watch(probs: Tensor, first: int) -> None:
-            start = first - bank.shared
+            start, end = first - bank.shared, first + probs.shape[3]
             real_queries = bank.fed[:, start : start + probs.shape[3]]
-            for state in bank.watching.values():
-                state.block(layer, probs, first, real_queries)
+            for observer, state in bank.watching.items():
+                wanted = real_queries
+                if observer.last is not None:  # prompts end in the last column
+                    outside = key.shape[2] - observer.last
+                    if end <= outside:
+                        continue
+                    wanted = wanted & (torch.arange(first, end, device=wanted.device) >= outside)
+                state.block(layer, probs, first, wanted)
 
         if bank.sums is not None:
             for state in bank.sums:
@@ -204,6 +221,10 @@ class _PrefillLayer(CacheLayerMixin):
         return -1
 
 
-def _absmax(x: Tensor, real: Tensor) -> Tensor:
-    """max over real tokens of |x| [B, heads, T, D] -> float32 [B, heads, D]."""
-    return x.abs().masked_fill(~real[:, None, :, None], 0).amax(dim=2).float()
+def _moments(query: Tensor, real: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Over the real tokens (bool [B, T]) of queries [B, Hq, T, D], and over the query heads of a group: max |q| and sum q^2,
+    float32 [B, H, D]."""
+    counted = query.masked_fill(~real[:, None, :, None], 0)
+    squares = torch.linalg.vector_norm(counted, dim=2, dtype=torch.float32).square()
+    absmax = counted.abs().amax(dim=2).float()
+    return absmax.unflatten(1, (heads, -1)).amax(dim=2), squares.unflatten(1, (heads, -1)).sum(dim=2)

@@ -10,10 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mikv.cache.sides import Sides, apply, undo
 from mikv.kernels import pick
-from mikv.quant.codec import Codec, Parts, storage_dtype
-from mikv.tensors import Index, at
-from mikv.types import Tier
+from mikv.kernels.segments import PACKED_BITS
+from mikv.quant.base import Parts, Side, Transform, Where, storage_dtype
+from mikv.quant.chain import Chain
+from mikv.quant.codes.affine import Affine
+from mikv.quant.tier import Tier
+from mikv.quant.transforms.balance import Balance
+from mikv.rope import Rope
+from mikv.tensors import at
 
 # When slots are needed, so many are added: few enough that what is allocated stays close to what is used, enough that moving
 # the store costs less than reading it (a copy of all slots in 32 steps of a decode).
@@ -28,57 +34,66 @@ class Pairs(NamedTuple):
     positions: Tensor
     scores: Tensor | None
 
+    def at(self, index: Tensor) -> Pairs:
+        """Others of [L, B, H, n, ...] along n: int64 [L, B, H, m]."""
+        where = at(self.positions.shape, index)
+        return Pairs(*(None if x is None else x[where] for x in self))  # type: ignore[arg-type]
+
+
+class Exchanged(NamedTuple):
+    """What an exchange did. stored bool [L, B, H, A]: whether an incoming token was; keys, values float32 [L, B, H, A, D]: as
+    they are read back; slots int64 [L, B, H, A]: where they are (an unused slot, where they were not to be stored); taken:
+    the tokens that left, [L, B, H, K, ...]; compacted: whether tokens that stayed have changed their slots."""
+
+    stored: Tensor
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    taken: Pairs
+    compacted: bool
+
 
 class TierStore:
-    """Slots of one tier, for a bank of L layers and B rows. All heads and layers of a row hold equally many tokens.
+    """Slots of one tier, for a bank of L layers and B rows. Each layer and head of a row holds as many tokens as it holds.
 
     Args:
-        tier: bits and group.
-        chunks: initial content, [l, B, H, S, ...] for consecutive slices of layers; of row b the first count[b] slots
-            are used.
-        count: int64 [B], on the CPU.
-        head_dim: D.
-        balancer: float32 [L, B, H, 1, D] for keys of a quantized tier, or None.
+        tier: how pairs are stored.
+        sides: what the transforms of its chains were fitted to.
+        chunks: initial content, [l, B, H, S, ...] for consecutive slices of layers; the first count[l, b, h] slots are used.
+            S is a multiple of the tier's block.
+        count: int64 [L, B, H], on the CPU.
         compute: dtype of the model.
-        positions: `stored` where the policy needs them (to rank tokens, to re-index them); `tracked` where only a dense copy
-            does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots` where they are
-            the slots' numbers; `unknown` where nobody asks.
+        positions: `stored` where the policy needs them (to rank tokens, to re-index them, to undo a transform); `tracked` where
+            only a dense copy does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots`
+            where they are the slots' numbers; `unknown` where nobody asks.
         with_scores: scores must be stored (where a token can still be demoted).
+        rope: of the model; None where its frequencies are not fixed.
         packing: who quantizes and packs, see mikv.kernels.pick.
     """
 
     def __init__(
         self,
         tier: Tier,
+        sides: Sides,
         chunks: Iterable[Pairs],
         count: Tensor,
-        head_dim: int,
-        balancer: Tensor | None,
         compute: torch.dtype,
         positions: str,
         with_scores: bool,
+        rope: Rope | None = None,
         packing: str = "reference",
     ) -> None:
-        group = tier.group_size(head_dim)
-        self._key_codec = Codec(tier.k, group, head_dim, storage_dtype(compute))
-        self._value_codec = Codec(tier.v, group, head_dim, storage_dtype(compute))
-        self._balancer = balancer if tier.k < 16 else None
+        self._chains = {"keys": tier.key, "values": tier.value}
         self._positions, self.with_scores = positions, with_scores
-        self._packing = packing
-        self.tier = tier
+        self._storage, self._rope, self._packing = storage_dtype(compute), rope, packing
+        self.tier, self.sides = tier, sides
         self.count = count.clone()
-        self._longest = int(count.max())  # upper bound of count, known without looking
         encoded: list[Parts] = []
         start = 0
         for pairs in chunks:
             encoded.append(self._encode(pairs, slice(start, start + len(pairs.keys))))
             start += len(pairs.keys)
         self.parts = {name: torch.cat([parts[name] for parts in encoded]) for name in encoded[0]}
-
-    @property
-    def balancer(self) -> Tensor | None:
-        """float32 [L, B, H, 1, D] that stored keys were multiplied by, or None."""
-        return self._balancer
 
     @property
     def device(self) -> torch.device:
@@ -109,103 +124,171 @@ class TierStore:
         self.parts["scores"] = scores.unsqueeze(-1)
 
     def used(self) -> Tensor:
-        """bool [B, S]: slots that hold a token."""
-        return torch.arange(self.slots) < self.count[:, None]
+        """bool [L or 1, B, H or 1, S]: slots that hold a token; 1 where all layers and heads hold equally many. On the CPU."""
+        count = self.count
+        if (count == count[:1, :, :1]).all():
+            count = count[:1, :, :1]
+        return torch.arange(self.slots) < count[..., None]
 
     def read(self, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Dequantized keys (balancer undone) and values of some layers, float32 [l, B, H, S, D]."""
+        """Dequantized keys and values of some layers, transforms undone, float32 [l, B, H, S, D]."""
         return self._decode({name: part[layers] for name, part in self.parts.items()}, layers)
 
-    def exchange(
-        self, incoming: Pairs, slot: Tensor, arriving: Tensor, leaving: Tensor, rejected: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], Tensor, Pairs]:
-        """One token comes, one goes, per layer and head of each row.
+    def steps(self, what: str, layer: int) -> Iterator[tuple[Transform, Side, Where]]:
+        """The transforms of `keys` or `values`, and what they need in one layer (a first dimension of 1)."""
+        chain, here = self._chains[what], slice(layer, layer + 1)
+        where = Where(self.positions(here) if self._needs_positions else None, self._rope)
+        for i, step in enumerate(chain.transforms):
+            side = self.sides[what, chain.transforms[: i + 1]]
+            yield step, {name: tensor[here] for name, tensor in side.items()}, where
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens per layer and head."""
+        wanted = int(self.count.max()) + tokens
+        if wanted <= self.slots:
+            return
+        block = self.tier.block
+        more = max(_MORE + self.slots // _SHARE, wanted - self.slots)
+        more = -(-more // block) * block
+        for name, part in self.parts.items():
+            added = more // block if self._per_block(name) else more
+            self.parts[name] = torch.cat((part, part.new_zeros((*part.shape[:3], added, part.shape[4]))), dim=3)
+
+    def exchange(self, incoming: Pairs, arriving: Tensor, leaving: Tensor, chosen: Tensor | None) -> Exchanged:
+        """Some tokens come, some go, per layer and head of each row. There must be room (`reserve`).
 
         Args:
-            incoming: [L, B, H, ...]; appended where only `arriving`, put into `slot` where a token also leaves.
-            slot: int64 [L, B, H], the token that leaves.
-            arriving, leaving: bool [B], CPU.
-            rejected: bool [L, B, H]: the incoming token is the one that goes; nothing is stored here.
-
-        Returns:
-            Keys and values of the incoming token as they are read back, float32 [L, B, H, D]; where it was put, int64
-            [L, B, H] (an unused slot, where it was not to be stored); and the token that was in `slot`, dequantized.
+            incoming: [L, B, H, A, ...], in the order of positions.
+            arriving: int64 [L, B, H], CPU: the first so many of them count; a multiple of the tier's block.
+            leaving: int64 [L, B, H], CPU: how many tokens go.
+            chosen: int64 [L, B, H, K]: who goes, the first `leaving` count: slots, and from `slots` on the incoming token
+                chosen - slots, which is not stored at all. None = nobody, anywhere.
         """
-        if self._longest == self.slots:
-            self._grow()
-        device = slot.device
-        taken = {name: part[at(part.shape, slot)].unsqueeze(3) for name, part in self.parts.items()}
-        emptied = leaving & ~arriving
-        if emptied.any():  # the gap is filled by the last token; in other rows that one is written over itself
-            last = self._index((self.count - 1).clamp(min=0))
-            gap = at(self._shape, torch.where(emptied.to(device)[None, :, None], slot, last[3]))
-            for part in self.parts.values():
-                part[gap] = part[last]
-        self.count = self.count - emptied.long()
+        device, slots = self.device, self.slots
+        index = torch.arange(incoming.positions.shape[3], device=device)
+        stays = index < arriving.to(device)[..., None]  # [L, B, H, A]
+        taken, compacted = incoming, False
+        if chosen is None:
+            target = self.count.to(device)[..., None] + index
+        else:
+            goes = torch.arange(chosen.shape[3], device=device) < leaving.to(device)[..., None]  # [L, B, H, K]
+            taken = self._taken(incoming, chosen, slots)
+            refused = (chosen - slots)[..., None, :] == index[:, None]  # [L, B, H, A, K]
+            stays = stays & ~(refused & goes[..., None, :]).any(dim=-1)
+            target, compacted = self._make_room(chosen, goes & (chosen < slots), stays, arriving, leaving)
+        self.count = self.count + arriving - leaving
         # what must not be stored is written too, behind the last used slot: that slot stays unused
-        replaces = (arriving & leaving).to(device)[None, :, None] & ~rejected
-        slots = torch.where(replaces, slot, self.count.to(device)[None, :, None])
-        target = at(self._shape, slots)
-        encoded = self._encode(Pairs(*(None if x is None else x.unsqueeze(3) for x in incoming)))  # type: ignore[arg-type]
+        target = torch.where(stays, target, self.count.to(device)[..., None])
+        encoded = self._encode(incoming)
+        self._put(encoded, target)
+        keys, values = self._decode(encoded, positions=incoming.positions)
+        return Exchanged(stays, keys, values, target, taken, compacted)
+
+    def _taken(self, incoming: Pairs, chosen: Tensor, slots: int) -> Pairs:
+        """The chosen ones, from slots (dequantized) or from those that come (as exact as they came)."""
+        slot = chosen.clamp(max=slots - 1)
+        mine = self._pairs({name: part[at(part.shape, slot)] for name, part in self.parts.items()})
+        theirs = incoming.at((chosen - slots).clamp(min=0))
+        new = chosen >= slots
+        return Pairs(
+            torch.where(new[..., None], theirs.keys.float(), mine.keys),
+            torch.where(new[..., None], theirs.values.float(), mine.values),
+            torch.where(new, theirs.positions, mine.positions),
+            None if mine.scores is None or theirs.scores is None else torch.where(new, theirs.scores, mine.scores),
+        )
+
+    def _make_room(
+        self, chosen: Tensor, inside: Tensor, stays: Tensor, arriving: Tensor, leaving: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Slots for the incoming tokens that stay, [L, B, H, A]: first the gaps, then behind the last one. Gaps that are left
+        are filled by the last tokens; whether there were any."""
+        device = self.device
+        # of the j-th that stays the j-th gap, from below: those lie before what is left in the end
+        gaps = torch.where(inside, chosen, torch.iinfo(torch.int64).max).sort(dim=-1).values
+        number = inside.sum(dim=-1, keepdim=True)
+        nth = stays.cumsum(dim=-1) - 1
+        gap = gaps.gather(-1, nth.clamp(0, gaps.shape[-1] - 1))
+        target = torch.where(nth < number, gap, self.count.to(device)[..., None] + nth - number)
+        if not bool((leaving > arriving).any()):
+            return target, False
+        left = (self.count - (leaving - arriving).clamp(min=0)).to(device)[
+            ..., None
+        ]  # tokens that are left before any is added
+        # the gaps that nobody fills and that lie before `left`, and the tokens that lie behind it
+        unfilled = torch.arange(gaps.shape[-1], device=device)
+        open_gap = (unfilled < number) & (unfilled >= stays.sum(dim=-1, keepdim=True))
+        tail = left + torch.arange(gaps.shape[-1], device=device)
+        there = tail < self.count.to(device)[..., None]
+        there &= ~((tail[..., None] == gaps[..., None, :]) & open_gap[..., None, :]).any(dim=-1)
+        fills = (open_gap & (gaps < left)).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        moves = there.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        many = there.sum(dim=-1, keepdim=True)
+        spare = self.count.to(device)[..., None].clamp(max=self.slots - 1)  # a slot that may be written over itself
+        source = torch.where(unfilled < many, tail.gather(-1, moves), spare)
+        goal = torch.where(unfilled < many, gaps.gather(-1, fills), spare)
+        for part in self.parts.values():
+            part[at(part.shape, goal)] = part[at(part.shape, source)]
+        return target, True
+
+    def _put(self, encoded: Parts, target: Tensor) -> None:
         for name, part in encoded.items():
-            self.parts[name][target] = part.squeeze(3)
-        appended = arriving & ~leaving
-        self.count = self.count + appended.long()
-        self._longest += int(appended.any())
-        keys, values = self._decode(encoded)
-        return (keys.squeeze(3), values.squeeze(3)), slots, self._pairs(taken)
+            block = self.tier.block if self._per_block(name) else 1
+            self.parts[name][at(self.parts[name].shape, target[..., ::block] // block)] = part
 
-    def _pairs(self, one_slot: Parts) -> Pairs:
-        """Dequantized pairs [L, B, H, ...] of parts [L, B, H, 1, *]."""
-        keys, values = self._decode(one_slot)
-        if "positions" in one_slot:
-            positions = one_slot["positions"].long().flatten(2)
-        else:  # of a tier that nobody leaves: anything
-            positions = torch.zeros(self._shape[:3], dtype=torch.int64, device=self.device)
-        scores = one_slot["scores"].flatten(2) if self.with_scores else None
-        return Pairs(keys.squeeze(3), values.squeeze(3), positions, scores)
+    def _per_block(self, name: str) -> bool:
+        what, _, part = name.partition(".")
+        code = self._chains[what].code if what in self._chains else None
+        return code is not None and part in code.per_block
 
-    def fork(self, rows: Tensor) -> TierStore:
-        """A store of its own with some of the rows (int64, CPU; one may come several times)."""
+    def _pairs(self, parts: Parts) -> Pairs:
+        """Dequantized pairs [L, B, H, n, ...] of parts [L, B, H, n, *]."""
+        positions = parts["positions"].squeeze(-1).long() if "positions" in parts else None
+        keys, values = self._decode(parts)
+        if positions is None:  # of a tier that nobody leaves: anything
+            positions = torch.zeros(keys.shape[:4], dtype=torch.int64, device=self.device)
+        return Pairs(keys, values, positions, parts["scores"].squeeze(-1) if self.with_scores else None)
+
+    def fork(self, rows: Tensor, sides: Sides) -> TierStore:
+        """A store of its own with some of the rows (int64, CPU; one may come several times); sides: of those rows."""
         forked = copy.copy(self)
         forked.parts = dict(self.parts)
-        forked.select(rows)
+        forked.select(rows, sides)
         return forked
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, sides: Sides) -> None:
         """Go on with some of the rows; part by part, so that what is left is not held twice."""
         there = rows.to(self.device)
         for name in self.parts:
             self.parts[name] = self.parts[name][:, there]
-        self.count = self.count[rows]
-        if self._balancer is not None:
-            self._balancer = self._balancer[:, there]
+        self.count, self.sides = self.count[:, rows], sides
 
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""
         per_part: dict[str, Tensor] = {}
+        tokens = self.count.sum(dim=(0, 2))
         for name, slot_bytes in self._slot_bytes():
-            per_part[name] = per_part.get(name, torch.zeros_like(self.count)) + self.count * slot_bytes
+            kind, block = name.rpartition(".")[2], self.tier.block if self._per_block(name) else 1
+            per_part[kind] = per_part.get(kind, torch.zeros_like(tokens)) + tokens // block * slot_bytes
         return per_part
 
     def allocated(self) -> int:
         """Bytes of all slots of one row, used or not: what these tensors take of the memory. With what is not counted
         as stored, because only a dense copy beside the store reads it: tracked positions."""
-        layers, _, heads = self._shape[:3]
-        return self.slots * sum(part.shape[4] * part.element_size() * layers * heads for part in self.parts.values())
+        return sum(part.shape[3:].numel() * part.element_size() * part[:, :1].shape[:3].numel() for part in self.parts.values())
 
     def _slot_bytes(self) -> Iterator[tuple[str, int]]:
-        """Parts that are counted, and the bytes of one of their slots in all layers and heads of a row."""
-        layers, _, heads = self._shape[:3]
+        """Parts that are counted, and the bytes of one of their slots (or blocks) of one layer and head."""
         for name, part in self.parts.items():
             if name != "positions" or self._positions == "stored":
-                yield name.rpartition(".")[2], part.shape[4] * part.element_size() * layers * heads
+                yield name, part.shape[4] * part.element_size()
 
     def _encode(self, pairs: Pairs, layers: slice = slice(None)) -> Parts:
         """Parts [l, B, H, S, *] of pairs [l, B, H, S, ...] of some layers."""
-        balancer = None if self._balancer is None else self._balancer[layers]
-        parts = {f"keys.{name}": part for name, part in self._stored(self._key_codec, pairs.keys, balancer).items()}
-        parts |= {f"values.{name}": part for name, part in self._stored(self._value_codec, pairs.values, None).items()}
+        where = Where(pairs.positions, self._rope)
+        parts: Parts = {}
+        for what, x in (("keys", pairs.keys), ("values", pairs.values)):
+            for name, part in self._stored(what, x, layers, where).items():
+                parts[f"{what}.{name}"] = part
         if self._positions in ("stored", "tracked"):
             parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
         if self.with_scores:
@@ -213,36 +296,44 @@ class TierStore:
             parts["scores"] = pairs.scores.unsqueeze(-1)
         return parts
 
-    def _stored(self, codec: Codec, x: Tensor, balancer: Tensor | None) -> Parts:
-        """x [l, B, H, S, D] as it is stored, multiplied by balancer [l, B, H, 1, D] before it is quantized."""
-        if codec.bits == 16:
-            return codec.encode(x)
-        flat = None if balancer is None else balancer.squeeze(3).flatten(0, 1).contiguous()
-        packed = pick.encode(x.flatten(0, 1), codec.bits, codec.head_dim // codec.group, flat, None, self._packing)
+    def _stored(self, what: str, x: Tensor, layers: slice, where: Where) -> Parts:
+        """x [l, B, H, S, D] as it is stored."""
+        chain = self._chains[what]
+        code = chain.code
+        assert code is not None, "an evicted tier stores nothing"
+        if self._packing == "triton" and isinstance(code, Affine) and code.bits in PACKED_BITS:
+            return self._by_kernel(what, chain, code, x, layers, where)
+        return code.encode(apply(chain, what, x, self.sides, layers, where), self._storage)
+
+    def _by_kernel(self, what: str, chain: Chain, code: Affine, x: Tensor, layers: slice, where: Where) -> Parts:
+        """The same bits from the kernel, which balances in passing where that is all there is to be done."""
+        balancer = None
+        if chain.transforms == (Balance(),):
+            balancer = self.sides[what, chain.transforms]["balancer"][layers].flatten(0, 1).contiguous()
+        else:
+            x = apply(chain, what, x, self.sides, layers, where)
+        packed = pick.encode(x.flatten(0, 1), code.bits, code.groups(x.shape[-1]), balancer, self._packing)
         assert packed.scale is not None
         assert packed.zero is not None
         parts = {"codes": packed.data, "scale": packed.scale, "zero": packed.zero}
         return {name: part.unflatten(0, x.shape[:2]) for name, part in parts.items()}
 
-    def _decode(self, parts: Parts, layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        keys = self._key_codec.decode({n[5:]: part for n, part in parts.items() if n.startswith("keys.")})
-        values = self._value_codec.decode({n[7:]: part for n, part in parts.items() if n.startswith("values.")})
-        if self._balancer is not None:
-            keys = keys / self._balancer[layers]
-        return keys, values
+    def _decode(self, parts: Parts, layers: slice = slice(None), positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if positions is None and self._needs_positions:
+            positions = parts["positions"].squeeze(-1).long() if "positions" in parts else self.positions(layers)
+        where = Where(positions, self._rope)
+        found = []
+        for what, chain in self._chains.items():
+            assert chain.code is not None
+            mine = {name.partition(".")[2]: part for name, part in parts.items() if name.startswith(what)}
+            found.append(undo(chain, what, chain.code.decode(mine), self.sides, layers, where))
+        return found[0], found[1]
+
+    @property
+    def _needs_positions(self) -> bool:
+        return any(chain.needs_positions for chain in self._chains.values())
 
     @property
     def _shape(self) -> torch.Size:
-        """[L, B, H, S, *] of some part."""
-        return next(iter(self.parts.values())).shape
-
-    def _index(self, slot: Tensor) -> Index:
-        """Index of one slot per row (int64 [B]), the same for all layers and heads."""
-        shape = self._shape
-        device = self.device
-        return at(shape, slot.to(device)[None, :, None].expand(shape[:3]))
-
-    def _grow(self) -> None:
-        for name, part in self.parts.items():
-            more = part.new_zeros((*part.shape[:3], _MORE + part.shape[3] // _SHARE, part.shape[4]))
-            self.parts[name] = torch.cat((part, more), dim=3)
+        """[L, B, H, S, *] of some part that each slot has."""
+        return next(part.shape for name, part in self.parts.items() if not self._per_block(name))

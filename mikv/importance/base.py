@@ -1,12 +1,14 @@
 """The contract of an importance score, and what it may watch.
 
-A score sees attention, never the text: during prefill an `Observer` is shown the probabilities block by block (no T x T
-matrix ever exists), during decoding the attention mass of each step. Only past attention enters, so no score can look
+A score sees attention, keys and values, never the text: during prefill an `Observer` is shown the probabilities block by block
+(no T x T matrix ever exists), during decoding the attention mass of each step. Only past attention enters, so no score can look
 ahead. Scores are float32: in fp16 a large sum swallows every later increment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mikv.types import Geometry, Lengths
@@ -16,12 +18,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Context:
+    """The one argument of scores and budgets: T tokens of a bank, those of a prompt or the one that a step brought.
+
+    layers: int64 [L], the layers' indices; total_layers: of the model; prompts: int64 [B], a number that names each prompt
+    (the same alone and in any batch); positions: int64 [L, B, H, T], negative = padding; seen: int64 [B], real tokens until
+    now; prompt_lengths: int64 [B], with the question where it belongs to the prompt; protected: bool [L, B, H, T], tokens
+    that importance does not decide about (sinks, a window); keys, values: exact, [L, B, H, T, D]; observed: what the score's
+    observer saw of the prompt, float32 [L, B, H, T] (None while decoding); mass: attention that the tokens received in this
+    step, summed over a group's query heads, float32 [L, B, H, T] (None for a prompt); output_projection: of a layer (by
+    index), float [hidden, Hq, D]: what its attention's output is multiplied by; token_bytes: what a token takes in each tier,
+    per layer and head, and side_bytes what a head takes besides."""
+
+    layers: Tensor
+    total_layers: int
+    prompts: Tensor
+    positions: Tensor
+    seen: Tensor
+    prompt_lengths: Tensor
+    protected: Tensor
+    keys: Tensor
+    values: Tensor
+    observed: Tensor | None = None
+    mass: Tensor | None = None
+    output_projection: Callable[[int], Tensor] | None = None
+    token_bytes: tuple[float, ...] = ()
+    side_bytes: float = 0.0
+
+
 class ObserverState(Protocol):
     """Accumulates over the query blocks of one prefill."""
 
     def block(self, layer: int, probs: Tensor, first: int, real_queries: Tensor) -> None:
         """One block of queries: probs [B, H, G, q, T'] fp32 over the columns 0..T'-1, the first query's column, and
-        real_queries bool [B, q] (False = padding)."""
+        real_queries bool [B, q] (False = padding, or a query that the observer did not ask for)."""
         ...
 
     def result(self) -> Tensor:
@@ -32,11 +63,17 @@ class ObserverState(Protocol):
 class Observer(Protocol):
     """What is watched during prefill; hashable, so that policies which want the same share one observation."""
 
+    @property
+    def last(self) -> int | None:
+        """How many of each prompt's last queries it wants to see; None = all. A prefix that prompts share is cut so that none
+        of these lies in it."""
+        ...
+
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> ObserverState: ...
 
     def combine(self, before: Tensor, after: Tensor) -> Tensor:
-        """What a prompt's queries showed, from what those of a shared prefix did (0 outside of its columns) and those after
-        it: float32 [L, B, H, T] each."""
+        """Of an observer of all queries: what a prompt's showed, from what those of a shared prefix did (0 outside of its
+        columns) and those after it: float32 [L, B, H, T] each."""
         ...
 
 
@@ -48,18 +85,10 @@ class Importance(Protocol):
         """What must be watched during prefill, or None."""
         ...
 
-    def prefill(self, observed: Tensor | None, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        """Scores of prompt tokens, float32 [L, B, H, T].
-
-        observed is the observer's result, layers int64 [L] the layers' indices, rows int64 [B] a number that names the
-        prompt (the same alone and in any batch), positions int64 [B, T] (negative = padding).
-        """
+    def score(self, context: Context) -> Tensor:
+        """Scores of tokens that are new (of a prompt, or of a step, before its mass is added): float32 [L, B, H, T]."""
         ...
 
-    def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        """Scores, float32 [L, B, H], of the token that enters at positions int64 [B] while decoding."""
-        ...
-
-    def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
-        """Scores after a step, given the attention mass each token received in it (both float32, same shape)."""
+    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
+        """Scores after a step, given the attention that each token received in it (both float32, same shape)."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mikv.importance.base import Observer
+from mikv.importance.base import Context, Observer
 from mikv.randomness import uniform
 from mikv.types import Geometry, Lengths
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:  # a policy names its score before torch is loaded
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """Observer: sum over all prompt queries and the query heads of a group of each key's attention probability."""
+    """Observer: sum over a prompt's queries and the query heads of a group of each key's attention probability.
+
+    last: only so many of the last queries; None = all.
+    """
+
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"an observer of the last {self.last} queries sees nothing; at least 1, or null for all")
 
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> ColumnSumsState:
         return ColumnSumsState(geometry, lengths, device)
@@ -61,16 +70,14 @@ class Accumulated:
     def observer(self) -> Observer:
         return ColumnSums()
 
-    def prefill(self, observed: Tensor | None, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        assert observed is not None
-        return observed
-
-    def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+    def score(self, context: Context) -> Tensor:
         import torch
 
-        return torch.zeros((len(layers), len(rows), heads), dtype=torch.float32, device=positions.device)
+        if context.observed is not None:
+            return context.observed
+        return torch.zeros(context.positions.shape, dtype=torch.float32, device=context.positions.device)
 
-    def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
+    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
         return scores + mass
 
 
@@ -84,21 +91,16 @@ class Noise:
     seed: int = 0
     observer = None
 
-    def prefill(self, observed: Tensor | None, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        return self._uniform(layers[:, None, None, None], rows[:, None, None], positions[:, None, :], heads)
-
-    def entry(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        return self._uniform(layers[:, None, None], rows[:, None], positions[:, None], heads, head_dim=-1)
-
-    def decode(self, scores: Tensor, mass: Tensor) -> Tensor:
-        return scores
-
-    def _uniform(self, layers: Tensor, rows: Tensor, positions: Tensor, heads: int, head_dim: int = -2) -> Tensor:
-        """Numbers in [0, 1) of the combined counters."""
+    def score(self, context: Context) -> Tensor:
         import torch
 
-        head = torch.arange(heads, device=positions.device)
-        head = head if head_dim == -1 else head[:, None]
-        x = rows * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD
+        positions = context.positions
+        head = torch.arange(positions.shape[2], device=positions.device)[:, None]
+        prompts = context.prompts.to(positions.device)[:, None, None]
+        layers = context.layers[:, None, None, None]
+        x = prompts * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD
         x = x + positions * 0x2545F4914F6CDD1D + self.seed
         return ((uniform(x) * 2**24).floor() / 2**24).to(torch.float32)  # what float32 holds exactly
+
+    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
+        return scores

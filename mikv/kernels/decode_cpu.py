@@ -24,16 +24,20 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float)
     dim = query.shape[2]
     logits = []
     for segment in segments:
-        grouped = query.float().unflatten(1, (segment.keys.data.shape[1], -1)) * scaling  # [R, H, G, D]
+        mine = query if segment.query is None else segment.query
+        grouped = mine.float().unflatten(1, (segment.keys.data.shape[1], -1)) * scaling  # [R, H, G, D]
         if segment.balancer is not None:
             grouped = grouped / segment.balancer[:, :, None]
         scores = _scores(grouped, segment.keys)
-        logits.append(scores.masked_fill_(~held(segment)[:, None, None], -torch.inf))
+        if segment.shift is not None:
+            scores = scores + segment.shift * scaling
+        logits.append(scores.masked_fill_(~held(segment)[:, :, None], -torch.inf))
     probs = torch.softmax(torch.cat(logits, dim=-1), dim=-1).nan_to_num_(0.0)  # NaN: a row that sees nothing
     parts = probs.split([segment.slots for segment in segments], dim=-1)
     out = torch.zeros((*probs.shape[:3], dim))
     for segment, part in zip(segments, parts, strict=True):
-        out += _weighted(part, segment.values, held(segment), dim)
+        mine = _weighted(part, segment.values, held(segment), dim)
+        out += mine if segment.output is None else segment.output(mine, part.sum(dim=-1, keepdim=True))
     mass = [part.sum(dim=2) if segment.wants_mass else None for segment, part in zip(segments, parts, strict=True)]
     return Attention(out.flatten(1, 2).to(query.dtype), mass)
 
@@ -53,8 +57,8 @@ def _scores(query: Tensor, keys: Vectors) -> Tensor:
 
 
 def _weighted(probs: Tensor, values: Vectors, there: Tensor, dim: int) -> Tensor:
-    """sum_t p_t v_t, float32 [R, H, G, D], of probs [R, H, G, S]; p is 0 where nothing is held (bool [R, S])."""
-    absent = ~there[:, None, :, None]
+    """sum_t p_t v_t, float32 [R, H, G, D], of probs [R, H, G, S]; p is 0 where nothing is held (bool [R, H, S])."""
+    absent = ~there[..., None]
     if values.scale is None or values.zero is None:
         return torch.matmul(probs, values.data.float().masked_fill_(absent, 0))  # 0 * NaN is no 0
     scale, zero = (x.float().masked_fill_(absent, 0) for x in (values.scale, values.zero))  # [R, H, S, groups]

@@ -70,6 +70,11 @@ def decode_options(key_bits: int, value_bits: int, nvidia: bool) -> dict[str, An
     return {"num_warps": shape.warps, "num_stages": shape.stages, **registers, **compiler_options()}
 
 
+def served(segment: Segment) -> bool:
+    """Whether the kernel takes a segment."""
+    return segment.shift is None and segment.output is None
+
+
 def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float, split_tokens: int | None = None) -> Attention:
     """As mikv.kernels.decode_reference.decode_attention; products in FP16 (BF16 where 16-bit vectors are), sums in FP32.
 
@@ -78,6 +83,8 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float,
     check_segments(query, segments)
     if any(x.data.dtype == torch.float32 for segment in segments for x in (segment.keys, segment.values)):
         raise ValueError("the kernel takes 16-bit vectors as FP16 or BF16; for FP32 there is the reference")
+    if not all(served(segment) for segment in segments):
+        raise ValueError("the kernel folds nothing but a query; what shifts logits or turns values is for the reference")
     query = query.contiguous()
     rows, query_heads, dim = query.shape
     lengths = [split_tokens or _stretch(rows * s.keys.data.shape[1], s.slots, query.device) for s in segments]
@@ -111,14 +118,15 @@ def _attend(
     logits: Tensor | None,
 ) -> None:
     keys, values = segment.keys, segment.values
+    query = query if segment.query is None else segment.query.contiguous()
     heads, slots = keys.data.shape[1:3]
     constants = decode_constants(query.shape[1] // heads, query.shape[2], segment.groups, keys.bits, values.bits)
     constants["PTX"] = query.is_cuda and torch.version.hip is None
     constants["WIDE"] = interpreted() and torch.bfloat16 in (keys.data.dtype, values.data.dtype)
     kernels.attend[(count, query.shape[0] * heads)](
         query, segment.balancer, _words(keys), keys.scale, keys.zero, _words(values), values.scale, values.zero,
-        segment.start, segment.stop, parts, part_lse, logits,
-        scaling * math.log2(math.e), heads, slots, length, first, parts.shape[2],
+        segment.stop, parts, part_lse, logits,
+        scaling * math.log2(math.e), slots, length, first, parts.shape[2],
         **constants, **decode_options(keys.bits, values.bits, nvidia=constants["PTX"]),
     )  # fmt: skip
 
@@ -128,7 +136,7 @@ def _mass(segment: Segment, logits: Tensor, lse: Tensor) -> Tensor:
     mass = lse.new_empty((rows, heads, slots))
     if slots:
         kernels.mass[(math.ceil(slots / MASS_BLOCK), rows * heads)](
-            logits, lse, segment.start, segment.stop, mass, heads, slots,
+            logits, lse, segment.stop, mass, slots,
             G=lse.shape[1] // heads, BLOCK=MASS_BLOCK, num_warps=4, **compiler_options(),
         )  # fmt: skip
     return mass

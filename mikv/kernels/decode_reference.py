@@ -29,25 +29,27 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float)
     logits, values = [], []
     for segment in segments:
         heads = segment.keys.data.shape[1]
-        grouped = query.float().unflatten(1, (heads, -1))  # [R, H, G, D]
+        grouped = (query if segment.query is None else segment.query).float().unflatten(1, (heads, -1))  # [R, H, G, D]
         if segment.balancer is not None:
             grouped = grouped / segment.balancer[:, :, None]
-        absent = ~held(segment)[:, None, :]
+        absent = ~held(segment)
         values.append(read(segment.values, dim).masked_fill(absent[..., None], 0))  # 0 * NaN is no 0
-        scores = torch.matmul(grouped, read(segment.keys, dim).transpose(2, 3)) * scaling
+        scores = torch.matmul(grouped, read(segment.keys, dim).transpose(2, 3))
+        scores = (scores if segment.shift is None else scores + segment.shift) * scaling
         logits.append(scores.masked_fill(absent[:, :, None], -torch.inf))
     probs = torch.softmax(torch.cat(logits, dim=-1), dim=-1).nan_to_num(0.0)  # NaN: a row that sees nothing
-    out = torch.matmul(probs, torch.cat(values, dim=2)).flatten(1, 2)
-    parts = probs.sum(dim=2).split([segment.slots for segment in segments], dim=-1)
-    mass = [part.contiguous() if segment.wants_mass else None for part, segment in zip(parts, segments, strict=True)]
-    return Attention(out.to(query.dtype), mass)
+    parts = probs.split([segment.slots for segment in segments], dim=-1)
+    out = torch.zeros((*probs.shape[:3], dim), device=query.device)
+    for segment, part, value in zip(segments, parts, values, strict=True):
+        mine = torch.matmul(part, value)
+        out += mine if segment.output is None else segment.output(mine, part.sum(dim=-1, keepdim=True))
+    mass = [part.sum(dim=2) if segment.wants_mass else None for part, segment in zip(parts, segments, strict=True)]
+    return Attention(out.flatten(1, 2).to(query.dtype), mass)
 
 
 def held(segment: Segment) -> Tensor:
-    """bool [R, S]: slots that hold a pair."""
-    slot = torch.arange(segment.slots, device=segment.stop.device)
-    there = slot < segment.stop[:, None]
-    return there if segment.start is None else there & (slot >= segment.start[:, None])
+    """bool [R, H, S]: slots that hold a pair."""
+    return torch.arange(segment.slots, device=segment.stop.device) < segment.stop[..., None]
 
 
 def read(vectors: Vectors, dim: int) -> Tensor:

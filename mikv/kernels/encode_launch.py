@@ -29,9 +29,9 @@ def tokens_per_tile(bits: int) -> int:
     return 128 if bits == 3 else 64
 
 
-def encode_constants(dim: int, groups: int, bits: int, from_bits: int) -> dict[str, Any]:
+def encode_constants(dim: int, groups: int, bits: int) -> dict[str, Any]:
     """Compile-time constants but the tile's tokens."""
-    return {"D": dim, "NG": groups, "BITS": bits, "FROM_BITS": from_bits, "TW": tile_channels(bits, dim, groups)}
+    return {"D": dim, "NG": groups, "BITS": bits, "TW": tile_channels(bits, dim, groups)}
 
 
 def encode_options() -> dict[str, Any]:
@@ -39,57 +39,18 @@ def encode_options() -> dict[str, Any]:
     return {"num_warps": WARPS} if interpreted() else {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
-def encode(x: Tensor, bits: int, groups: int, balancer: Tensor | None = None, take: Tensor | None = None) -> Vectors:
+def encode(x: Tensor, bits: int, groups: int, balancer: Tensor | None = None) -> Vectors:
     """As mikv.kernels.encode_reference.encode, to the bit."""
-    encode_reference.check_encode(x, bits, groups, balancer, take)
-    rows, heads, tokens, dim = x.shape
-    count = tokens if take is None else take.shape[2]
-    if bits == 16 or not tile_channels(bits, dim, groups) or not count:
-        return encode_reference.encode(x, bits, groups, balancer, take)
+    encode_reference.check_encode(x, bits, groups, balancer)
+    rows, heads, count, dim = x.shape
+    if not tile_channels(bits, dim, groups) or not count:
+        return encode_reference.encode(x, bits, groups, balancer)
     width, dtype = (dim, torch.uint8) if bits == 8 else (dim * bits // 16, torch.int16)
-    target = Vectors(
-        bits,
-        torch.empty((rows, heads, count, width), dtype=dtype, device=x.device),
-        torch.empty((rows, heads, count, groups), dtype=torch.float16, device=x.device),
-        torch.empty((rows, heads, count, groups), dtype=torch.float16, device=x.device),
-    )
-    x, take = x.contiguous(), None if take is None else take.contiguous()
-    _launch(Vectors(16, x), target, balancer, take, None, None, count, tokens_per_tile(bits))
-    return target
-
-
-def demote(
-    source: Vectors,
-    target: Vectors,
-    take: Tensor,
-    put: Tensor,
-    where: Tensor | None = None,
-    balancer: Tensor | None = None,
-) -> None:
-    """As mikv.kernels.encode_reference.demote, to the bit."""
-    dim = encode_reference.check_demote(source, target, take, put, where, balancer)
-    other_groups = source.bits < 16 and source.groups != target.groups
-    if target.bits == 16 or other_groups or not tile_channels(target.bits, dim, target.groups):
-        encode_reference.demote(source, target, take, put, where, balancer)
-        return
-    where = None if where is None else where.contiguous()
-    _launch(source, target, balancer, take.contiguous(), put.contiguous(), where, 1, 1)
-
-
-def _launch(
-    source: Vectors,
-    target: Vectors,
-    balancer: Tensor | None,
-    take: Tensor | None,
-    put: Tensor | None,
-    where: Tensor | None,
-    count: int,
-    tile: int,
-) -> None:
-    rows, heads, slots = target.data.shape[:3]
-    dim = target.data.shape[3] if target.bits == 8 else target.data.shape[3] * 16 // target.bits
+    data = torch.empty((rows, heads, count, width), dtype=dtype, device=x.device)
+    scale, zero = (torch.empty((rows, heads, count, groups), dtype=torch.float16, device=x.device) for _ in range(2))
+    tile = tokens_per_tile(bits)
     kernels.encode[(math.ceil(count / tile), rows * heads)](
-        source.data, source.scale, source.zero, None if balancer is None else balancer.contiguous(), take, put, where,
-        target.data, target.scale, target.zero, source.data.shape[2], count, slots,
-        **encode_constants(dim, target.groups, target.bits, source.bits), BT=tile, WIDE=interpreted(), **encode_options(),
+        x.contiguous(), None if balancer is None else balancer.contiguous(), data, scale, zero, count,
+        **encode_constants(dim, groups, bits), BT=tile, WIDE=interpreted(), **encode_options(),
     )  # fmt: skip
+    return Vectors(bits, data, scale, zero)

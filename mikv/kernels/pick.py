@@ -66,35 +66,10 @@ def column_sums(
     return columns_launch.column_sums(query, key, lse, scaling, padding)
 
 
-def encode(
-    x: Tensor,
-    bits: int,
-    groups: int,
-    balancer: Tensor | None = None,
-    take: Tensor | None = None,
-    implementation: str | None = None,
-) -> Vectors:
+def encode(x: Tensor, bits: int, groups: int, balancer: Tensor | None = None, implementation: str | None = None) -> Vectors:
     """See mikv.kernels.encode_reference.encode."""
     if picked(x.device, implementation) == "reference":
-        return encode_reference.encode(x, bits, groups, balancer, take)
+        return encode_reference.encode(x, bits, groups, balancer)
     from mikv.kernels import encode_launch
 
-    return encode_launch.encode(x, bits, groups, balancer, take)
-
-
-def demote(
-    source: Vectors,
-    target: Vectors,
-    take: Tensor,
-    put: Tensor,
-    where: Tensor | None = None,
-    balancer: Tensor | None = None,
-    implementation: str | None = None,
-) -> None:
-    """See mikv.kernels.encode_reference.demote."""
-    if picked(source.data.device, implementation) == "reference":
-        encode_reference.demote(source, target, take, put, where, balancer)
-        return
-    from mikv.kernels import encode_launch
-
-    encode_launch.demote(source, target, take, put, where, balancer)
+    return encode_launch.encode(x, bits, groups, balancer)

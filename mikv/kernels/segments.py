@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mikv.quant.packing import PACKED_BITS
-
+# Of codes that the kernels read; the others go through a dense copy.
+PACKED_BITS = (8, 4, 3, 2)
 # FP32 for the torch implementations only: the newest pair of a 32-bit model is exact.
 RAW_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,9 +37,11 @@ class Vectors(NamedTuple):
 class Segment(NamedTuple):
     """Pairs of one tier, in slots.
 
-    stop: int32 [R], slots from here on hold nothing (whatever bytes lie there are never used). start: int32 [R], slots
-    before it hold nothing (left padding); None = 0. balancer: FP32 [R, H, D], what the keys were multiplied by before they
-    were quantized; None = nothing. wants_mass: the attention that each slot receives is returned.
+    stop: int32 [R, H], slots from here on hold nothing (whatever bytes lie there are never used). balancer: FP32 [R, H, D],
+    what the keys were multiplied by before they were quantized; None = nothing. wants_mass: the attention that each slot
+    receives is returned. What other transforms of keys and values leave to be done: query: float [R, Hq, D], in the place of
+    the query of all segments (a balancer is divided out of it, too); shift: FP32 [R, H, G, S or 1], added to the logits
+    before they are scaled; output: what is made of sum_t p_t v_t (FP32 [R, H, G, D]) and sum_t p_t (FP32 [R, H, G, 1]).
 
     An evicted tier is no segment, or one without slots.
     """
@@ -47,9 +49,11 @@ class Segment(NamedTuple):
     keys: Vectors
     values: Vectors
     stop: Tensor
-    start: Tensor | None = None
     balancer: Tensor | None = None
     wants_mass: bool = False
+    query: Tensor | None = None
+    shift: Tensor | None = None
+    output: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def slots(self) -> int:
@@ -83,9 +87,9 @@ def check_segments(query: Tensor, segments: Sequence[Segment]) -> None:
         both = segment.keys.scale is not None and segment.values.scale is not None
         if both and segment.keys.groups != segment.values.groups:
             raise ValueError(f"{where}: keys have {segment.keys.groups} scales per vector, values {segment.values.groups}")
-        for name, tensor in (("stop", segment.stop), ("start", segment.start)):
-            if tensor is not None and (tensor.dtype != torch.int32 or tensor.shape != (rows,)):
-                raise ValueError(f"{where}: {name} must be int32 [{rows}], not {tensor.dtype} {list(tensor.shape)}")
+        stop = segment.stop
+        if stop.dtype != torch.int32 or stop.shape != (rows, heads) or not stop.is_contiguous():
+            raise ValueError(f"{where}: stop must be int32 [{rows}, {heads}], not {stop.dtype} {list(stop.shape)}")
         balancer = segment.balancer
         if balancer is not None and (balancer.dtype != torch.float32 or balancer.shape != (rows, heads, dim)):
             raise ValueError(f"{where}: balancer must be float32 {[rows, heads, dim]}")

@@ -111,8 +111,8 @@ DECODE_GATES = {16: 450, 8: 520, 4: 520, 3: 850, 2: 500}
 _DECODE_TYPES = {
     **dict.fromkeys(("key_scale_ptr", "key_zero_ptr", "value_scale_ptr", "value_zero_ptr"), "*fp16"),
     **dict.fromkeys(("balancer_ptr", "out_ptr", "lse_ptr", "logits_ptr"), "*fp32"),
-    **dict.fromkeys(("start_ptr", "stop_ptr"), "*i32"),
-    **dict.fromkeys(("heads", "slots", "split_tokens", "first_split", "splits"), "i32"),
+    "stop_ptr": "*i32",
+    **dict.fromkeys(("slots", "split_tokens", "first_split", "splits"), "i32"),
     "scaling": "fp32",
 }
 
@@ -127,8 +127,7 @@ def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = Fa
         "key_ptr": raw if key_bits == 16 else "*i16",
         "value_ptr": raw if value_bits == 16 else "*i16",
     }
-    absent = ["start_ptr"]
-    absent += ["balancer_ptr", "key_scale_ptr", "key_zero_ptr"] if key_bits == 16 else []
+    absent = ["balancer_ptr", "key_scale_ptr", "key_zero_ptr"] if key_bits == 16 else []
     absent += ["value_scale_ptr", "value_zero_ptr"] if value_bits == 16 else []
     absent += [] if emit else ["logits_ptr"]
     tile = decode_launch.tile(key_bits, value_bits)
@@ -193,10 +192,10 @@ def mass_variant(model: Model) -> Variant:
         decode.mass,
         {
             **dict.fromkeys(("logits_ptr", "lse_ptr", "mass_ptr"), "*fp32"),
-            **dict.fromkeys(("start_ptr", "stop_ptr"), "*i32"),
-            **dict.fromkeys(("heads", "slots"), "i32"),
+            "stop_ptr": "*i32",
+            "slots": "i32",
         },
-        {"start_ptr": None, "G": model.group_heads, "BLOCK": decode_launch.MASS_BLOCK},
+        {"G": model.group_heads, "BLOCK": decode_launch.MASS_BLOCK},
         warps=4,
         stages=3,
         units=decode_launch.MASS_BLOCK,
@@ -257,39 +256,33 @@ def log_sum_exp_variant(model: Model) -> Variant:
 ENCODE_GATE = 2000  # instructions per token of keys (balanced) or of values, at head_dim 128
 
 
-def encode_variant(model: Model, bits: int, keys: bool, from_bits: int = 16) -> Variant:
-    """Packing a prompt's keys or values, sorted by index. from_bits < 16: one token per head moves from tier to tier."""
-    demotes = from_bits < 16
-    tokens = 1 if demotes else encode_launch.tokens_per_tile(bits)
+def encode_variant(model: Model, bits: int, keys: bool) -> Variant:
+    """Packing a prompt's keys or values."""
+    tokens = encode_launch.tokens_per_tile(bits)
     types = {
-        "source_ptr": {16: f"*{model.dtype}", 8: "*u8"}.get(from_bits, "*i16"),
+        "source_ptr": f"*{model.dtype}",
         "balancer_ptr": "*fp32",
-        **dict.fromkeys(("source_scale_ptr", "source_zero_ptr", "scale_ptr", "zero_ptr"), "*fp16"),
-        **dict.fromkeys(("take_ptr", "put_ptr"), "*i32"),
-        "where_ptr": "*i1",
+        **dict.fromkeys(("scale_ptr", "zero_ptr"), "*fp16"),
         "data_ptr": "*u8" if bits == 8 else "*i16",
-        **dict.fromkeys(("source_slots", "count", "target_slots"), "i32"),
+        "count": "i32",
     }
-    absent = [] if demotes else ["source_scale_ptr", "source_zero_ptr", "put_ptr", "where_ptr"]
-    absent += [] if keys else ["balancer_ptr"]
-    what = f"demote {from_bits} to {bits}" if demotes else f"pack {bits}"
     return Variant(
-        f"{what} {'keys' if keys else 'values'}",
+        f"pack {bits} {'keys' if keys else 'values'}",
         model,
         encode.encode,
         types,
         {
-            **encode_launch.encode_constants(model.head_dim, 2, bits, from_bits),
-            **dict.fromkeys(absent),
+            **encode_launch.encode_constants(model.head_dim, 2, bits),
+            **({} if keys else {"balancer_ptr": None}),
             "BT": tokens,
             "WIDE": False,
         },
         warps=encode_launch.WARPS,
         stages=3,
         units=tokens,
-        read=0 if demotes else 2 * model.head_dim,
-        weight=None if demotes else 32 / tokens,
-        most=ENCODE_GATE if model.head_dim == 128 and not demotes else None,
+        read=2 * model.head_dim,
+        weight=32 / tokens,
+        most=ENCODE_GATE if model.head_dim == 128 else None,
         options=encode_launch.encode_options(),
     )
 
@@ -299,8 +292,6 @@ def encode_variants() -> Iterator[Variant]:
         yield encode_variant(MODELS[0], bits, keys=True)
         yield encode_variant(MODELS[1], bits, keys=False)
         yield encode_variant(MODELS[2], bits, keys=True)
-    yield encode_variant(MODELS[0], 2, keys=True, from_bits=8)
-    yield encode_variant(MODELS[2], 3, keys=False, from_bits=4)
 
 
 def variants() -> list[Variant]:

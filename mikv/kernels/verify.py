@@ -51,7 +51,7 @@ def random_segment(
         scale = -2 * zero / (2**bits - 1)
         return Vectors(bits, codes, scale.half(), zero.half())
 
-    stop = torch.full((rows,), slots, dtype=torch.int32, device=device)
+    stop = torch.full((rows, heads), slots, dtype=torch.int32, device=device)
     return Segment(vectors(key_bits), vectors(value_bits), stop, wants_mass=key_bits == 16)
 
 

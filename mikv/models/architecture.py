@@ -61,3 +61,9 @@ def rope_inv_freq(model: Any) -> Tensor | None:
     """RoPE's inverse frequencies [D / 2], or None where they depend on the length (then positions can't be re-indexed)."""
     rope = model.get_decoder().rotary_emb
     return rope.inv_freq if getattr(rope, "rope_type", "default") in _FIXED_ROPE else None
+
+
+def output_projection(model: Any, layer: int) -> Tensor:
+    """What the output of a layer's attention is multiplied by, [hidden, Hq, D]."""
+    weight: Tensor = model.get_decoder().layers[layer].self_attn.o_proj.weight
+    return weight.unflatten(1, (model.config.num_attention_heads, -1))

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in no more bytes than they need.
+"""Codes of 1, 2, 3, 4, 5 or 8 bits in no more bytes than they need.
 
 Codes of a token's head are packed along its channels into 16-bit words (the operand width of tensor cores, so that a
 GPU kernel unpacks two operands per instruction). The fields of a word are *blocks* of
@@ -11,9 +11,9 @@ Worked example, D = 16, bits = 4, W = 4 words of 4 fields; channel c holds code 
     word 0 = channels 0, 4, 8, 12  = 0x0 | 0x4 << 4 | 0x8 << 8 | 0xC << 12 = 0xC840
     word 1 = channels 1, 5, 9, 13  = 0xD951, word 2 = 0xEA62, word 3 = 0xFB73
 
-3-bit codes are a 2-bit plane (low bits, D / 8 words) followed by a 1-bit plane (high bits, D / 16 words). 8-bit codes
-fill whole bytes and stay as they are. Words are int16 tensors: torch has no shifts for uint16; the bits are the same.
-"""
+3-bit codes are a 2-bit plane (low bits, D / 8 words) followed by a 1-bit plane (high bits, D / 16 words), 5-bit codes a 4-bit
+plane and a 1-bit plane. 8-bit codes fill whole bytes and stay as they are. Words are int16 tensors: torch has no shifts for
+uint16; the bits are the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PACKED_BITS = (8, 4, 3, 2)
+PACKED_BITS = (8, 5, 4, 3, 2, 1)
+_SPLIT = {3: 2, 5: 4}  # bits of the low plane, where the highest bit has a plane of its own
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -30,8 +31,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _check(codes.shape[-1], bits)
     if bits == 8:
         return codes
-    if bits == 3:
-        return torch.cat((_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)), dim=-1)
+    if bits in _SPLIT:
+        low = _SPLIT[bits]
+        return torch.cat((_pack_plane(codes & (2**low - 1), low), _pack_plane(codes >> low, 1)), dim=-1)
     return _pack_plane(codes, bits)
 
 
@@ -41,16 +43,19 @@ def unpack(words: Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.u
     if bits == 8:
         return words.to(dtype)
     codes = torch.empty((*words.shape[:-1], head_dim), dtype=dtype, device=words.device)
-    if bits == 3:
-        low, high = words.split((head_dim // 8, head_dim // 16), dim=-1)
-        for part, field in zip(codes.split(head_dim // 8, dim=-1), _fields(low, 2), strict=True):
-            part.copy_(field)
-        for part, field in zip(codes.split(head_dim // 16, dim=-1), _fields(high, 1), strict=True):
-            part += field << 2
-    else:
-        for part, field in zip(codes.split(words.shape[-1], dim=-1), _fields(words, bits), strict=True):
-            part.copy_(field)
+    low = _SPLIT.get(bits, bits)
+    plane, high = words.split((head_dim * low // 16, head_dim * (bits - low) // 16), dim=-1)
+    for part, field in zip(codes.split(plane.shape[-1], dim=-1), _fields(plane, low), strict=True):
+        part.copy_(field)
+    if bits != low:
+        for part, field in zip(codes.split(high.shape[-1], dim=-1), _fields(high, 1), strict=True):
+            part += field << low
     return codes
+
+
+def unpacked_dim(words: Tensor, bits: int) -> int:
+    """D of packed codes."""
+    return words.shape[-1] if bits == 8 else words.shape[-1] * 16 // bits
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:

@@ -23,6 +23,8 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 class Largest:
     """Observer of another kind: the largest attention that a key received, which no sum tells."""
 
+    last = None
+
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> LargestState:
         return LargestState(torch.zeros(geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width, device=device))
 
@@ -127,7 +129,7 @@ def test_triton_serves_a_whole_panel(monkeypatch: pytest.MonkeyPatch) -> None:
             assert a.continuations[0].logprob == pytest.approx(
                 b.continuations[0].logprob, abs=0.1
             )  # h2o: a tie in 16 bits evicts another token
-    assert set(packed) == {"triton", "reference"}  # each engine's own: the bits are the same
+    assert set(packed) == {"triton"}  # of the one engine; the other's torch gives the same bits
 
 
 def test_a_prefill_by_kernels_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ def test_missing_tokens_are_counted_alike_in_columns_and_in_slots() -> None:
             held = torch.randperm(int(seen[row]), generator=generator)[: count[row]]
             positions[row, head, : count[row]] = held
             present[row, head, held + padding[row]] = True
-    used = torch.arange(6) < count[:, None]
+    used = (torch.arange(6) < count[:, None])[:, None]
     slots = gone_after_slots(positions, used, seen)
     columns = gone_after_columns(present, padding)
     for row in range(2):

@@ -12,20 +12,23 @@ from rounding import assert_rows_alike
 
 from baselines.h2o import h2o
 from baselines.streaming_llm import streaming_llm
+from mikv.budget import Amounts
 from mikv.cache.compressed import CompressedCache
 from mikv.cache.dense import ByColumn, BySlot
 from mikv.cache.policy_store import PolicyStore, Received
-from mikv.cache.reindex import Reindex
 from mikv.config import policy
 from mikv.importance.scores import Accumulated
 from mikv.mikv import mikv
 from mikv.policy import Policy
-from mikv.types import Tier
+from mikv.quant.tier import Tier
+from mikv.rope import Rope
 
-LADDER = Policy("ladder", "ladder", (Tier(16), Tier(8), Tier(2)), (0.2, 0.3), Accumulated(), recent=0.5, balance=True)
-LADDER_EVICTING = Policy("ladder0", "ladder0", (Tier(16), Tier(4), Tier(0)), (0.2, 0.3), Accumulated(), recent=0.5)
+LADDER = Policy(
+    "ladder", "ladder", (Tier(16), Tier(8).balanced(), Tier(2).balanced()), Amounts((0.2, 0.3)), Accumulated(), recent=0.5
+)
+LADDER_EVICTING = Policy("ladder0", "ladder0", (Tier(16), Tier(4), Tier(0)), Amounts((0.2, 0.3)), Accumulated(), recent=0.5)
 LADDER_REINDEXED = replace(LADDER_EVICTING, positions="contiguous")
-UNEVEN = Policy("uneven", "uneven", (Tier(16), Tier(2, key_bits=4)), (0.25,), Accumulated(), recent=0.5)
+UNEVEN = Policy("uneven", "uneven", (Tier(16), Tier(2, key_bits=4)), Amounts((0.25,)), Accumulated(), recent=0.5)
 
 
 def start(chosen: Policy, contexts: list[list[int]], reader: str = "working") -> tuple[CompressedCache, PolicyStore]:
@@ -38,7 +41,7 @@ def start(chosen: Policy, contexts: list[list[int]], reader: str = "working") ->
 def members(store: PolicyStore, layer: int, row: int, head: int) -> list[set[int]]:
     """Positions in each tier that knows them (the last one need not, and holds the rest)."""
     known = [t for t in store.tiers if t.knows_positions]
-    return [set(t.positions()[layer, row, head, : int(t.count[row])].tolist()) for t in known]
+    return [set(t.positions()[layer, row, head, : int(t.count[layer, row, head])].tolist()) for t in known]
 
 
 class ListCache:
@@ -51,7 +54,8 @@ class ListCache:
         self.tiers = [set(ranked[a:b]) for a, b in pairwise(cuts)]
 
     def quotas(self) -> list[int]:
-        return [int(q) for q in self.policy.quotas(torch.tensor(self.seen))]
+        assert isinstance(self.policy.budget, Amounts)
+        return [int(q) for q in self.policy.budget.counts(torch.tensor(self.seen))]
 
     def rank(self, position: int) -> tuple[int, float, int]:
         recents = int(self.policy.recent * self.quotas()[0])
@@ -97,7 +101,7 @@ def test_demotion_is_that_of_a_cache_made_of_lists(chosen: Policy) -> None:
         for tier, mass in zip(store.tiers, received.tiers, strict=True):
             if mass is not None:
                 for place in places:
-                    used = int(tier.count[place[1]])
+                    used = int(tier.count[place])
                     seen[-1][place].update(
                         zip(tier.positions()[place][:used].tolist(), mass[place][:used].tolist(), strict=True)
                     )
@@ -137,13 +141,13 @@ def test_a_token_is_quantized_once_from_its_exact_value(bits: int) -> None:
     exact: dict[int, torch.Tensor] = {}
     for step in range(40):
         top = store.tiers[0]
-        for slot, position in enumerate(top.positions()[1, 0, 1, : int(top.count[0])].tolist()):
+        for slot, position in enumerate(top.positions()[1, 0, 1, : int(top.count[1, 0, 1])].tolist()):
             exact[position] = top.parts["keys.raw"][1, 0, 1, slot].clone()
         run.step(cache, torch.tensor([step]), torch.tensor([20 + step]), torch.ones(1, dtype=torch.bool))
     low = store.tiers[1]
     keys, _ = low.read()
     demoted = 0
-    for slot, position in enumerate(low.positions()[1, 0, 1, : int(low.count[0])].tolist()):
+    for slot, position in enumerate(low.positions()[1, 0, 1, : int(low.count[1, 0, 1])].tolist()):
         if position in exact:  # was in the high tier first
             assert torch.equal(keys[1, 0, 1, slot], dequantize(quantize(exact[position], bits, 8)))
             demoted += 1
@@ -167,15 +171,16 @@ def test_balanced_keys_read_back_unbalanced() -> None:
     state = run.prefill([tokens(40)])
     store = run.compress(state, [policy("uniform", {"tier.bits": 8, "balance": True})]).banks[0].stores[0]
     keys, values = store.tiers[0].read()
-    assert store.balancer is not None
-    assert not torch.allclose(store.balancer, torch.ones_like(store.balancer))
+    ((side,),) = [list(side.values()) for side in store.sides.values()]
+    assert not torch.allclose(side, torch.ones_like(side))
     for got, exact in ((keys, state.banks[0].keys), (values, state.banks[0].values)):
         assert (got - exact).norm() / exact.norm() < 0.01
 
 
 def test_full_and_evicting_policies_store_no_balancer() -> None:
-    _, store = start(Policy("p", "p", (Tier(16), Tier(0)), (0.5,), Accumulated(), balance=True), [tokens(20)])
-    assert store.balancer is None
+    tiers = (Tier(16).balanced(), Tier(0).balanced())
+    _, store = start(Policy("p", "p", tiers, Amounts((0.5,)), Accumulated()), [tokens(20)])
+    assert not store.sides
 
 
 @pytest.mark.parametrize("reader", ["working", "packed", "kernel"])
@@ -187,11 +192,11 @@ def test_contiguous_positions_are_those_of_a_recomputed_rope(reader: str, monkey
     cache, store = start(chosen, [ids], reader)
     run.step(cache, torch.tensor([3]), torch.tensor([50]), torch.ones(1, dtype=torch.bool))
     (tier,) = store.tiers
-    slots, used = tier.slots, int(tier.count[0])
+    slots, used = tier.slots, int(tier.count[0, 0, 0])
     held = tier.positions()[0, 0, 0, :used]
     shown: list[torch.Tensor] = []
-    rotate = Reindex.__call__
-    monkeypatch.setattr(Reindex, "__call__", lambda *args: (shown.append(rotate(*args)), shown[-1])[1])
+    rotate = Rope.turn
+    monkeypatch.setattr(Rope, "turn", lambda *args: (shown.append(rotate(*args)), shown[-1])[1])
     run.step(cache, torch.tensor([5]), torch.tensor([51]), torch.ones(1, dtype=torch.bool))
     mine = shown[0][0, 0, -slots:][held.argsort()]  # of the first layer, in order
     kept = sorted(held.tolist())
@@ -252,7 +257,7 @@ def contents(cache: CompressedCache, rows: torch.Tensor | None = None) -> list[d
             held = {}
             for tier, (positions, used, keys, values) in enumerate(store.read()):
                 for layer, head in product(range(2), range(2)):
-                    for slot in used[b].nonzero().flatten().tolist():
+                    for slot in used[layer, b, head].nonzero().flatten().tolist():
                         place = (tier, layer, head, int(positions[layer, b, head, slot]))
                         held[place] = torch.cat((keys[layer, b, head, slot], values[layer, b, head, slot]))
             found.append(held)
@@ -288,7 +293,7 @@ def test_both_budget_readings(budget: str, grows: bool) -> None:
     run = engine()
     for step in range(20):
         run.step(cache, torch.tensor([1]), torch.tensor([40 + step]), torch.ones(1, dtype=torch.bool))
-        assert int(store.tiers[0].count[0]) == ((41 + step) // 4 if grows else 10)
+        assert int(store.tiers[0].count[0, 0, 0]) == ((41 + step) // 4 if grows else 10)
 
 
 @pytest.mark.parametrize("reader", ["packed", "kernel"])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mikv.kernels.segments import Segment, Vectors
-from mikv.quant.codec import Codec
+from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.exact import Exact
 from mikv.quant.packing import unpack
 
 GUARD = 256  # poisoned elements before and after every buffer
@@ -31,11 +32,11 @@ def guard_is_whole(x: Tensor) -> bool:
 
 
 def vectors(x: Tensor, bits: int, group: int, dtype: torch.dtype, used: Tensor) -> Vectors:
-    """x [R, H, S, D] stored at `bits`; slots that are not used (bool [R, S]) are poisoned."""
-    parts = Codec(bits, group, x.shape[-1], dtype).encode(x)
+    """x [R, H, S, D] stored at `bits`; slots that are not used (bool [R, H, S]) are poisoned."""
+    parts = (Exact() if bits == 16 else Affine(bits, group)).encode(x, dtype)
     for part in parts.values():
         bad = float("nan") if part.is_floating_point() else (255 if part.dtype == torch.uint8 else -1)
-        part.masked_fill_(~used[:, None, :, None], bad)
+        part.masked_fill_(~used[..., None], bad)
     parts = {name: poisoned(part) for name, part in parts.items()}
     if bits == 16:
         return Vectors(16, parts["raw"])
@@ -52,14 +53,13 @@ def segment(
     value_bits: int,
     dtype: torch.dtype = torch.float16,
     group: int | None = None,
-    stop: list[int] | None = None,
-    start: list[int] | None = None,
+    stop: list[int] | list[list[int]] | None = None,
     balanced: bool = True,
     wants_mass: bool = True,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Segment:
-    """Random pairs; keys have outlier channels, values an offset."""
+    """Random pairs; keys have outlier channels, values an offset. stop: of each row, or of each head of each row."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn((rows, heads, slots, dim), generator=generator) * key_scale
     keys[..., :: dim // 4] *= 4
@@ -69,17 +69,13 @@ def segment(
         balancer = torch.exp(torch.randn((rows, heads, dim), generator=generator))
         keys = keys * balancer[:, :, None]
     stops = torch.tensor([slots] * rows if stop is None else stop, dtype=torch.int32)
-    starts = None if start is None else torch.tensor(start, dtype=torch.int32)
-    slot = torch.arange(slots)
-    used = slot < stops[:, None]
-    if starts is not None:
-        used = used & (slot >= starts[:, None])
+    stops = (stops[:, None] if stops.dim() == 1 else stops).expand(rows, heads).contiguous()
+    used = torch.arange(slots) < stops[..., None]
     group = dim // 2 if group is None else group
     return Segment(
         vectors(keys, key_bits, group, dtype, used),
         vectors(values, value_bits, group, dtype, used),
         poisoned_int(stops),
-        None if starts is None else poisoned_int(starts),
         None if balancer is None else poisoned(balancer),
         wants_mass,
     )
@@ -88,8 +84,9 @@ def segment(
 def poisoned_int(x: Tensor) -> Tensor:
     """int32 with absurd lengths around it."""
     memory = torch.full((x.numel() + 2 * GUARD,), 2**30, dtype=x.dtype)
-    memory[GUARD : GUARD + x.numel()] = x
-    return memory[GUARD : GUARD + x.numel()]
+    inner = memory[GUARD : GUARD + x.numel()].view(x.shape)
+    inner.copy_(x)
+    return inner
 
 
 def query(rows: int, query_heads: int, dim: int, dtype: torch.dtype, seed: int = 99, size: float = 1.0) -> Tensor:
@@ -121,7 +118,7 @@ def naive(q: Tensor, segments: list[Segment], scaling: float) -> tuple[Tensor, l
             logits, weights, slices = [], [], []
             for i, s in enumerate(segments):
                 head = query_head * s.keys.data.shape[1] // query_heads
-                held = slice(0 if s.start is None else int(s.start[row]), int(s.stop[row]))
+                held = slice(int(s.stop[row, head]))
                 one = q[row, query_head].double()
                 if s.balancer is not None:
                     one = one / s.balancer[row, head].double()

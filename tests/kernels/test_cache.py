@@ -7,16 +7,18 @@ import torch
 from conftest import engine, tokens
 
 from baselines.h2o import h2o
+from mikv.budget import Amounts
 from mikv.cache.kernel_read import KernelReader
 from mikv.cache.policy_store import PolicyStore, Received
 from mikv.cache.reader import Reader
 from mikv.mikv import mikv
 from mikv.policy import Policy
-from mikv.types import Tier
+from mikv.quant.tier import Tier
 
 PANEL = [
     mikv(keep=0.3),
     mikv(keep=0.5, high=Tier(8), low=Tier(bits=4, key_bits=3)),
+    mikv(keep=0.4, high=8, low=Tier(key=["balance/rms", "rotate", "affine3"], value=4)),
     mikv(keep=0.2, low=Tier(2, group=16), balance=False),
     h2o(keep=0.4),
 ]
@@ -60,7 +62,7 @@ def test_attention_and_scores_of_a_compressed_cache(implementation: str | None) 
         assert theirs.newest is not None
         assert (mine.newest - theirs.newest).abs().max() <= tolerance
         assert [x is None for x in mine.tiers] == [x is None for x in theirs.tiers]
-        used = store.tiers[0].used()[None, :, None].expand(mine.tiers[0].shape)  # type: ignore[union-attr]
+        used = store.tiers[0].used().expand(mine.tiers[0].shape)  # type: ignore[union-attr]
         assert (mine.tiers[0] - theirs.tiers[0])[used].abs().max() <= tolerance  # type: ignore[operator]
         assert mine.tiers[0][used].sum() > 0.1  # type: ignore[index]
 
@@ -77,7 +79,7 @@ def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(pick, "decode_attention", watched)
     run = engine("packed")
-    policy = Policy(name="recent", label="recent", tiers=(Tier(16), Tier(4)), shares=(0.5,))
+    policy = Policy(name="recent", label="recent", tiers=(Tier(16), Tier(4)), budget=Amounts((0.5,)))
     bank = run.compress(run.prefill([tokens(9)]), [policy]).banks[0]
     query = torch.zeros(1, 4, 1, 16)
     reader = KernelReader(bank.stores)

@@ -18,7 +18,7 @@ BITS = (16, 8, 4, 3, 2)
 
 def largest_value(s: Segment, dim: int) -> float:
     values = decode_reference.read(s.values, dim).abs()
-    held = decode_reference.held(s)[:, None, :, None]
+    held = decode_reference.held(s)[..., None]
     return float(values.where(held, torch.zeros(())).max()) if values.numel() else 0.0
 
 
@@ -45,7 +45,7 @@ def check(q: torch.Tensor, segments: list[Segment], split_tokens: int = 128, sca
             assert mine.dtype == torch.float32
             error = float((mine.double() - theirs).abs().max()) if mine.numel() else 0.0
             assert error <= MASS_TOLERANCE * group, f"{name}: mass {error:.1e}"
-            absent = ~decode_reference.held(s)[:, None].expand(mine.shape)
+            absent = ~decode_reference.held(s).expand(mine.shape)
             assert (mine[absent] == 0).all()
 
 
@@ -88,10 +88,10 @@ def test_tiers_together(dtype: torch.dtype, tiers: tuple[tuple[int, int], ...]) 
 
 
 @pytest.mark.parametrize("bits", [16, 2])
-@pytest.mark.parametrize("start", [[0, 1], [63, 64], [65, 130], [130, 131]])
-def test_padding_at_the_left(bits: int, start: list[int]) -> None:
-    """Slots before `start` hold nothing, wherever that is in a tile or a stretch; a row may hold one token."""
-    check(query(2, 2, 64, torch.float16), [segment(4, 2, 1, 132, 64, bits, bits, start=start, stop=[131, 132])])
+@pytest.mark.parametrize("stop", [[0, 1], [63, 64], [65, 130], [131, 132]])
+def test_each_head_holds_as_many_as_it_holds(bits: int, stop: list[int]) -> None:
+    """Slots from `stop` on hold nothing, wherever that is in a tile or a stretch; a head may hold one token, or none."""
+    check(query(2, 4, 64, torch.float16), [segment(4, 2, 2, 132, 64, bits, bits, stop=[stop, stop[::-1]])])
 
 
 def test_the_newest_pair_beside_the_tiers() -> None:

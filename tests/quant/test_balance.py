@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mikv.quant.affine import dequantize, quantize
-from mikv.quant.balance import balancer
+from mikv.quant.transforms.balance import balancer
 
 
 def queries_and_keys(outlier: float = 1.0, tokens: int = 64, dim: int = 32) -> tuple[Tensor, Tensor]:

@@ -263,7 +263,7 @@ def _stretch(
     return new_maximum, denominator, zeros, added
 
 
-@triton.jit(do_not_specialize=["heads", "first_split", "splits"])
+@triton.jit(do_not_specialize=["first_split", "splits"])
 def attend(
     query_ptr,
     balancer_ptr,
@@ -273,13 +273,11 @@ def attend(
     value_ptr,
     value_scale_ptr,
     value_zero_ptr,
-    start_ptr,
     stop_ptr,
     out_ptr,
     lse_ptr,
     logits_ptr,
     scaling,
-    heads,
     slots,
     split_tokens,
     first_split,
@@ -298,7 +296,7 @@ def attend(
     """Program (split, row * heads + head). G query heads per KV head, MH of them in a tile with padding, NG groups.
 
     query [R, Hq, D]; balancer fp32 [R, H, D] or None; keys, values: raw [R, H, S, D] or int16 words [R, H, S, words];
-    scales, minima fp16 [R, H, S, NG]; start (or None), stop int32 [R]; out fp32 [R, Hq, splits, D], lse fp32
+    scales, minima fp16 [R, H, S, NG]; stop int32 [R, H]; out fp32 [R, Hq, splits, D], lse fp32
     [R, Hq, splits] (base 2), logits fp32 [R, Hq, S] (base 2) or None. scaling is that of logits in base 2.
     """
     M: tl.constexpr = NG * MH
@@ -306,9 +304,7 @@ def attend(
     split = tl.program_id(0)
     pair = tl.program_id(1)
     low = split * split_tokens
-    high = tl.minimum(low + split_tokens, tl.load(stop_ptr + pair // heads))
-    if start_ptr is not None:
-        low = tl.maximum(low, tl.load(start_ptr + pair // heads))
+    high = tl.minimum(low + split_tokens, tl.load(stop_ptr + pair))
 
     # the query, one tile at a time: rows are (group, head), zero outside the row's group
     row = tl.arange(0, M)
@@ -439,15 +435,13 @@ def merge(parts_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, D: tl.constexpr, BL
     tl.store(lse_ptr + pair, tl.where(some, maximum + tl.log2(denominator), float("-inf")))
 
 
-@triton.jit(do_not_specialize=["heads", "slots"])
-def mass(logits_ptr, lse_ptr, start_ptr, stop_ptr, mass_ptr, heads, slots, G: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["slots"])
+def mass(logits_ptr, lse_ptr, stop_ptr, mass_ptr, slots, G: tl.constexpr, BLOCK: tl.constexpr):
     """Program (block of slots, row * heads + head): probabilities from logits fp32 [R, Hq, S] and lse fp32 [R, Hq] (both
     base 2), summed over a group -> mass fp32 [R, H, S]."""
     pair = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < tl.load(stop_ptr + pair // heads)
-    if start_ptr is not None:
-        inside &= slot >= tl.load(start_ptr + pair // heads)
+    inside = slot < tl.load(stop_ptr + pair)
     total = tl.zeros([BLOCK], tl.float32)
     for g in range(G):
         query_head = (pair * G + g).to(tl.int64)

@@ -40,100 +40,32 @@ def _fma(x, y, z, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _codes(ptr, token, channel, BITS: tl.constexpr, D: tl.constexpr):
-    """Codes of some channels of packed vectors, int32 [tokens, channels]; ptr points to bytes at 8 bits, else to words."""
-    row = token[:, None]
-    if BITS == 8:
-        return tl.load(ptr + row * D + channel[None, :]).to(tl.int32)
-    elif BITS == 3:
-        low = tl.load(ptr + row * (D * 3 // 16) + (channel % (D // 8))[None, :]).to(tl.int32)
-        high = tl.load(ptr + row * (D * 3 // 16) + D // 8 + (channel % (D // 16))[None, :]).to(tl.int32)
-        low = (low >> (channel // (D // 8) * 2)[None, :]) & 3
-        return low | (((high >> (channel // (D // 16))[None, :]) & 1) << 2)
-    else:
-        words: tl.constexpr = D * BITS // 16
-        word = tl.load(ptr + row * words + (channel % words)[None, :]).to(tl.int32)
-        return (word >> (channel // words * BITS)[None, :]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _exact(
-    source_ptr,
-    scale_ptr,
-    zero_ptr,
-    balancer_ptr,
-    token,
-    channel,
-    inside,
-    FROM_BITS: tl.constexpr,
-    D: tl.constexpr,
-    NG: tl.constexpr,
-):
-    """Some channels of stored vectors, balanced, fp32 [tokens, channels]. Tokens that aren't inside must be readable."""
-    if FROM_BITS == 16:
-        x = tl.load(source_ptr + token[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    else:
-        group = (channel // (D // NG))[None, :]
-        scale = tl.load(scale_ptr + token[:, None] * NG + group).to(tl.float32)
-        zero = tl.load(zero_ptr + token[:, None] * NG + group).to(tl.float32)
-        x = _codes(source_ptr, token, channel, FROM_BITS, D).to(tl.float32) * scale + zero
-        x = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
-        if balancer_ptr is not None:
-            x = tl.div_rn(x, tl.broadcast_to(tl.load(balancer_ptr + channel)[None, :], x.shape))
-    if balancer_ptr is not None:
-        x = x * tl.load(balancer_ptr + channel)[None, :]
-    return x
-
-
-@triton.jit
 def encode(
     source_ptr,
-    source_scale_ptr,
-    source_zero_ptr,
     balancer_ptr,
-    take_ptr,
-    put_ptr,
-    where_ptr,
     data_ptr,
     scale_ptr,
     zero_ptr,
-    source_slots,
     count,
-    target_slots,
     D: tl.constexpr,
     NG: tl.constexpr,
     BITS: tl.constexpr,
-    FROM_BITS: tl.constexpr,
     TW: tl.constexpr,
     BT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Program (tile of tokens, row * heads + head).
 
-    source: raw [R, H, source_slots, D] in any float type, or packed, with scales and minima; balancer fp32 [R, H, D] or
-    None; take, put int32 [R, H, count]: slot that the i-th token is read from and written to, None = i; where bool
-    [R, H, count], None = all. data: words (bytes at 8 bits) [R, H, target_slots, ...], scale, zero fp16
-    [R, H, target_slots, NG]. TW: channels of a tile, those of one field of a word (half of a field's at 3 bits; one group's
-    at 8), at most those of a group.
+    source: [R, H, count, D] in any float type; balancer fp32 [R, H, D] or None. data: words (bytes at 8 bits)
+    [R, H, count, ...], scale, zero fp16 [R, H, count, NG]. TW: channels of a tile, those of one field of a word (half of a
+    field's at 3 bits; one group's at 8), at most those of a group.
     """
     pair = tl.program_id(1).to(tl.int64)
-    number = tl.program_id(0) * BT + tl.arange(0, BT)
-    inside = number < count
-    if where_ptr is not None:
-        inside &= tl.load(where_ptr + pair * count + number, mask=inside, other=0) != 0
-    token = number
-    if take_ptr is not None:
-        token = tl.load(take_ptr + pair * count + number, mask=inside, other=0)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = token < count
     token = tl.where(inside, token, 0)
-    target = number
-    if put_ptr is not None:
-        target = tl.load(put_ptr + pair * count + number, mask=inside, other=0)
-    target = pair * target_slots + target
-    row: tl.constexpr = D * FROM_BITS // 16 if FROM_BITS < 8 else D
-    source_ptr += pair * source_slots * row
-    if FROM_BITS < 16:
-        source_scale_ptr += pair * source_slots * NG
-        source_zero_ptr += pair * source_slots * NG
+    target = pair * count + token
+    source_ptr += pair * count * D
     if balancer_ptr is not None:
         balancer_ptr += pair * D
 
@@ -144,9 +76,9 @@ def encode(
         tiles = ()
         for i in tl.static_range(per_group):
             channel = (g * per_group + i) * TW + tl.arange(0, TW)
-            x = _exact(
-                source_ptr, source_scale_ptr, source_zero_ptr, balancer_ptr, token, channel, inside, FROM_BITS, D, NG
-            )  # fmt: skip
+            x = tl.load(source_ptr + token[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+            if balancer_ptr is not None:
+                x = x * tl.load(balancer_ptr + channel)[None, :]
             tiles = tiles + (x,)
         low = tiles[0]
         high = tiles[0]
