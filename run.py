@@ -67,4 +67,8 @@ def check(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     check(sys.argv[1:])
+    if any(argument.startswith("conf_dir=") for argument in sys.argv):
+        from mikv.config import with_search_path
+
+        sys.argv[1:] = with_search_path(sys.argv[1:])
     main()

@@ -63,7 +63,7 @@ def paper_table(title: str, rows: Sequence[Row], paper: Mapping[str, float]) -> 
             "" if row["policy"] == "full" else points(row["difference"], row["difference_ci95"]),
             f"{tests[row['label']]:.2g}" if row["label"] in tests else "",
             f"{row['size_percent']:.1f}",
-            f"{row['size_percent_paper']:.1f}",
+            "" if row["size_percent_paper"] is None else f"{row['size_percent_paper']:.1f}",
             "" if known is None else f"{known:g}",
         )
     return table

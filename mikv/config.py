@@ -6,6 +6,7 @@ What can be checked without torch is checked before it is imported: a slip is an
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,12 +55,14 @@ def checked(arguments: Sequence[str]) -> DictConfig:
     refuse_secret_arguments(arguments)
     overrides = [_parsed(argument) for argument in arguments]
     ours = [override for override in overrides if not override.get_key_element().lstrip("+~").startswith("hydra")]
-    values = [_values(override) for override in ours]
-    config = _checked(ours, [of[0] for of in values])
+    named = [override.value() for override in ours if override.key_or_group == "conf_dir"]
+    own = own_folder(None if not named or named[-1] is None else str(named[-1]))
+    values = [_values(override, own) for override in ours]
+    config = _checked(ours, [of[0] for of in values], own)
     for place, (override, of) in enumerate(zip(ours, values, strict=True)):
         if override.key_or_group in GROUPS:
             for other in of[1:]:
-                _checked(ours, [*(v[0] for v in values[:place]), other, *(v[0] for v in values[place + 1 :])])
+                _checked(ours, [*(v[0] for v in values[:place]), other, *(v[0] for v in values[place + 1 :])], own)
         elif len(of) > 1:
             _check_values(override, config)
     return config
@@ -78,7 +81,7 @@ def _parsed(argument: str) -> Override:
         raise ConfigError(f"{argument} can't be read: wanted name=value{hint}") from error
 
 
-def _values(override: Override) -> list[str]:
+def _values(override: Override, own: Path | None) -> list[str]:
     """The override with each of its values: one, or those of a sweep."""
     name = override.get_key_element()
     group = override.key_or_group
@@ -86,9 +89,9 @@ def _values(override: Override) -> list[str]:
         return [str(override.input_line)]
     value = override.value()
     if isinstance(value, Glob):
-        found = [name for name in _choices(group) if any(fnmatch.fnmatch(name, pattern) for pattern in value.include)]
+        found = [name for name in _choices(group, own) if any(fnmatch.fnmatch(name, pattern) for pattern in value.include)]
         if not found:
-            raise ConfigError(f"{override.input_line}: there are {', '.join(_choices(group))}")
+            raise ConfigError(f"{override.input_line}: there are {', '.join(_choices(group, own))}")
         return [f"{name}={choice}" for choice in found]
     if override.is_sweep_override():
         return [f"{name}={choice}" for choice in override.sweep_string_iterator()]
@@ -96,30 +99,62 @@ def _values(override: Override) -> list[str]:
         if value is None and group in _NONE_UNLESS_NAMED:  # Hydra takes no null
             raise ConfigError(f"{group}=null: leave it out, a run has no {group} unless one is named")
         if value is None:
-            raise ConfigError(f"{group}=null: a run needs a {group}; there are {', '.join(_choices(group))}")
+            raise ConfigError(f"{group}=null: a run needs a {group}; there are {', '.join(_choices(group, own))}")
         if not isinstance(value, str):
-            raise ConfigError(f"{override.input_line}: wanted the name of a {group}; there are {', '.join(_choices(group))}")
+            raise ConfigError(
+                f"{override.input_line}: wanted the name of a {group}; there are {', '.join(_choices(group, own))}"
+            )
     return [str(override.input_line)]
 
 
-def _choices(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+def _choices(group: str, own: Path | None = None) -> list[str]:
+    """Names of a group: YAML files of conf/ and of the user's folder, but for those that others are made of (_...)."""
+    folders = [CONF] if own is None else [CONF, own]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("[!_]*.yaml")})
 
 
-def _checked(overrides: Sequence[Override], lines: Sequence[str]) -> DictConfig:
+def own_folder(conf_dir: str | None) -> Path | None:
+    """The user's folder of configurations; Python files in it can be named by `_target_` from now on.
+
+    Raises:
+        ConfigError: there is no such folder, or none of a group in it.
+    """
+    if conf_dir is None:
+        return None
+    folder = Path(conf_dir).expanduser().resolve()
+    if not any((folder / group).is_dir() for group in GROUPS):
+        groups = ", ".join(f"{group}/" for group in GROUPS)
+        raise ConfigError(f"conf_dir={conf_dir}: wanted a folder that holds YAML files in one of {groups} as conf/ does")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return folder
+
+
+def with_search_path(arguments: Sequence[str]) -> list[str]:
+    """A command line with what Hydra must know of `conf_dir=FOLDER`."""
+    given = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("conf_dir=")]
+    own = own_folder(given[-1] if given and given[-1] != "null" else None)
+    return [*arguments, *_search_path(own)]
+
+
+def _search_path(own: Path | None) -> list[str]:
+    return [] if own is None else [f"hydra.searchpath=['file://{own}']"]
+
+
+def _checked(overrides: Sequence[Override], lines: Sequence[str], own: Path | None) -> DictConfig:
     """Compose one configuration, whose overrides are written in `lines`, and check what was overridden."""
     of_groups = [line for override, line in zip(overrides, lines, strict=True) if override.key_or_group in GROUPS]
     for line in of_groups:
         group, _, choice = line.lstrip("+~").partition("=")
         group, choice = group.partition("@")[0], choice.strip("'\"")
-        if choice and choice not in _choices(group):
-            names = _choices(group)
+        names = _choices(group, own)
+        if choice and choice not in names:
             raise ConfigError(f"there is no {group} {choice!r}{_meant(group, choice, names)}; there are {', '.join(names)}")
-    defaults = _composed(of_groups)
+    defaults = _composed(of_groups, own)
     for override in overrides:
         if override.key_or_group not in GROUPS:
             _check_exists(override, defaults)
-    config = _composed(lines)
+    config = _composed(lines, own)
     for override in overrides:
         name = override.key_or_group
         if name not in GROUPS and not override.is_delete():
@@ -133,10 +168,10 @@ def _meant(group: str, choice: str, names: Sequence[str]) -> str:
     return found.replace("did you mean ", f"did you mean {group}=") if found else ""
 
 
-def _composed(lines: Sequence[str]) -> DictConfig:
+def _composed(lines: Sequence[str], own: Path | None) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("config", list(lines))
+            return hydra.compose("config", [*lines, *_search_path(own)])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
@@ -174,7 +209,7 @@ def _check_policies(config: DictConfig, chosen: Sequence[str]) -> None:
         _instantiate(config.policy, "policy")
         return
     for name, options, size in _entries(config, chosen):
-        policy(name, options if size is None else {**options, "keep": 0.5})
+        policy(name, options if size is None else {**options, "keep": 0.5}, own_folder(config.conf_dir))
 
 
 def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
@@ -186,6 +221,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         ConfigError, ValueError, OSError: with a message for the user.
     """
     refuse_secrets(config)
+    own = own_folder(config.conf_dir)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be set, for example task=lm_eval task.name=hellaswag")
     options = OmegaConf.to_container(config.task, resolve=True)
@@ -195,7 +231,7 @@ def build(config: DictConfig, chosen: Sequence[str] = ()) -> Run:
         options["limits"] = {part: of_part.pop("limit") for part, of_part in options["parts"].items()}
     task = _instantiate(OmegaConf.create(options), "task")  # first: most tasks load without torch
     model = _instantiate(config.model, "model")
-    panel, title = _panel(config, chosen, model)
+    panel, title = _panel(config, chosen, model, own)
     record = OmegaConf.to_container(config, resolve=True)
     assert isinstance(record, dict)
     for group in ("tracker", "launcher"):  # a run does not depend on them
@@ -246,7 +282,7 @@ def launcher(config: DictConfig) -> Any:
     return _instantiate(config.launcher, "launcher")
 
 
-def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple[tuple[Policy, ...], str]:
+def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec, own: Path | None) -> tuple[tuple[Policy, ...], str]:
     """The policies to run, `full` first: everything is compared with it. And a name for them.
 
     An entry with `size` (a share of the 16-bit cache's bytes) gets the largest `keep` that fits it; where none does, it is
@@ -261,11 +297,11 @@ def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec) -> tuple
         asked = []
         for name, options, size in _entries(config, chosen):
             if size is not None:
-                keep = _fitting(name, options, size, model)
+                keep = _fitting(name, options, size, model, own)
                 if keep is None:
                     continue
                 options["keep"] = keep
-            asked.append(policy(name, options))
+            asked.append(policy(name, options, own))
     rest = [p for p in asked if p != full]
     return (full, *rest), title
 
@@ -288,14 +324,14 @@ def _entries(config: DictConfig, chosen: Sequence[str]) -> list[tuple[str, dict[
     return entries
 
 
-def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec) -> float | None:
+def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec, own: Path | None) -> float | None:
     """The `keep` that makes a policy as large as wanted; None, with a note, where there is none."""
     from mikv.cache.fit import largest_share
     from mikv.models.load import load_geometry
 
     head_dim = load_geometry(model).head_dim
     try:
-        keep = largest_share(lambda share: policy(name, {**options, "keep": share}), size, head_dim)
+        keep = largest_share(lambda share: policy(name, {**options, "keep": share}, own), size, head_dim)
         why = "it is larger with any keep"
     except ConfigError:
         raise
@@ -306,12 +342,15 @@ def _fitting(name: str, options: dict[Any, Any], size: float, model: ModelSpec) 
     return keep
 
 
-def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:
-    """A policy of conf/policy with parameters overridden: policy("mikv", {"keep": 0.1, "high.bits": 8})."""
-    names = _choices("policy")
+def policy(name: str, overrides: dict[Any, Any] | None = None, own: Path | None = None) -> Policy:
+    """A policy with parameters overridden: policy("mikv", {"keep": 0.1, "high.bits": 8}).
+
+    own: the user's folder of configurations, beside conf/.
+    """
+    names = _choices("policy", own)
     if name not in names:
         raise ConfigError(f"there is no policy {name!r}{near(name, names)}; there are {', '.join(names)}")
-    config = OmegaConf.load(CONF / "policy" / f"{name}.yaml")
+    config = options_of_policy(name, own)
     OmegaConf.set_struct(config, True)
     for option, value in (overrides or {}).items():
         try:
@@ -324,6 +363,18 @@ def policy(name: str, overrides: dict[Any, Any] | None = None) -> Policy:
             ) from error
         check_option(f"policy {name}: {option}", value, default)
     return _instantiate(config, f"policy {name}")
+
+
+def options_of_policy(name: str, own: Path | None = None) -> DictConfig:
+    """What a policy's YAML says, with the files of its folder that its `defaults` name: what Hydra composes, in no time."""
+    files = [folder / "policy" / f"{name}.yaml" for folder in (CONF, own) if folder is not None]
+    written = OmegaConf.load(next(file for file in files if file.is_file()))
+    assert isinstance(written, DictConfig)
+    mine = OmegaConf.masked_copy(written, [str(key) for key in written if key != "defaults"])
+    made = [mine if other == "_self_" else options_of_policy(other, own) for other in written.get("defaults", ["_self_"])]
+    merged = OmegaConf.merge(*made)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _instantiate(config: Any, what: str) -> Any:

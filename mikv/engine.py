@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mikv.cache.compressed import CompressedCache, Usage, Workspace
+from mikv.cache.compressed import CompressedCache, Usage, Workspace, kernels_read
 from mikv.cache.prefill import PrefillCache, PrefillState
 from mikv.cache.reading import Reading, decide
 from mikv.decoding import Decoding, choose, penalized
@@ -163,7 +163,8 @@ class Engine:
         """
         if panel and self.reading.attention == "triton":
             shape = self.geometry
-            tiers = {(tier.k, tier.v) for policy in panel for tier in policy.tiers if not tier.evicted}
+            read = [policy for policy in panel if kernels_read(policy, self.reading)]
+            tiers = {(tier.k, tier.v) for policy in read for tier in policy.tiers if not tier.evicted}
             heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
             verify(sorted(tiers | {(16, 16)}), *heads, self.model.dtype, self.model.device)
 

@@ -74,6 +74,8 @@ def check_option(name: str, given: Any, default: Any) -> None:
             return
         raise ValueError(f"{name}=null: wanted {_KINDS[_kind(default)]}, such as {name}={_written(default)}")
     kind = nullable if default is None else _kind(default)
+    if isinstance(default, dict) and "_target_" in default and isinstance(given, str | int):
+        return  # what is built from options may have a short form (policy.low=k4v2): who builds it knows
     if kind is not None and not _is(given, kind):
         raise ValueError(f"{name}={_written(given)}: wanted {_KINDS[kind]}{_nearest(name, given, kind, default)}")
     check_choice(name, given, _CHOICES.get(name))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mikv.batches import Request, Response, serve
+from mikv.cache.compressed import kernels_read
 from mikv.engine import Engine
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, load, load_geometry
@@ -123,6 +124,11 @@ def _answer(
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader, run.attention)
     engine.verify_kernels(run.panel)
+    unpacked = [
+        policy.label for policy in run.panel if engine.reading.reader == "kernel" and not kernels_read(policy, engine.reading)
+    ]
+    if unpacked:
+        print(f"note: the kernels can't read what these store; a dense copy is made of it at each step: {', '.join(unpacked)}")
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
     stopping.heed()  # loading takes minutes
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every state of the bar
@@ -239,7 +245,7 @@ def _row(run: Run, policy: Policy, served: _ServedUnit, encoded: Encoded, respon
         # from here on: what may differ where the same is computed again
         "allocated_nbytes": sum(response.usage.allocated_nbytes for response in responses),
         "peak_nbytes": _peak(loaded.model.device.type),
-        "reader": run.reading.reader,
+        "reader": run.reading.reader if kernels_read(policy, run.reading) or run.reading.reader != "kernel" else "packed",
         "attention": run.reading.attention or "torch",
         "batch": list(served.batch),
         "seconds": served.seconds,

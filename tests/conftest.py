@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mikv.attention.install import install
-from mikv.config import CONF, policy
+from mikv.config import CONF, options_of_policy, own_folder, policy
 from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 from mikv.models.tiny import tiny_config, tiny_model
@@ -29,9 +29,9 @@ install()
 collect_ignore = [] if find_spec("triton") else ["kernels"]
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-POLICIES = sorted(file.stem for file in (CONF / "policy").glob("*.yaml"))
+POLICIES = sorted(file.stem for file in (CONF / "policy").glob("[!_]*.yaml"))
 STRANGER_FILES = Path(__file__).parent / "strangers"
-STRANGERS = sorted(file.stem for file in STRANGER_FILES.glob("*.yaml"))
+STRANGERS = sorted(file.stem for file in (STRANGER_FILES / "policy").glob("*.yaml"))
 NO_END: frozenset[int] = frozenset()
 # What a run's identity looks like, for tests of hashes and records.
 IDENTITY: dict[str, Any] = {
@@ -71,9 +71,9 @@ def answers(engine: Engine, prompts: Sequence[Prompt], panel: Sequence[Policy], 
 
 def bits_everywhere(name: str, bits: int) -> Policy:
     """A policy of conf/policy with `bits` in every tier that it stores; one that evicts keeps everything."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
-    options = OmegaConf.load(CONF / "policy" / f"{name}.yaml").items()
+    options = options_of_policy(name).items()
     overrides: dict[str, Any] = {f"{key}.bits": bits for key, value in options if isinstance(value, DictConfig)}
     if policy(name).evicts:
         overrides["keep"] = 1.0
@@ -82,14 +82,7 @@ def bits_everywhere(name: str, bits: int) -> Policy:
 
 def named_policy(name: str) -> Policy:
     """A policy of conf/policy or of tests/strangers, with its YAML's parameters."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    if name in POLICIES:
-        return policy(name)
-    made = instantiate(OmegaConf.load(STRANGER_FILES / f"{name}.yaml"))
-    assert isinstance(made, Policy)
-    return made
+    return policy(name, own=own_folder(str(STRANGER_FILES)))
 
 
 @pytest.fixture(params=[*POLICIES, *STRANGERS])

@@ -30,6 +30,7 @@ MAY_NOT_MATTER = {
     "reader": "the dense readers agree bit for bit; the kernels' protocol is in the key (test_runner.py)",
     "name": "where records lie",
     "out": "where records lie",
+    "conf_dir": "where YAMLs lie; what they say is in the keys (test_own_folder.py)",
     "allow_code_execution": "without it the task is refused",
     "model.device": "rounding only; stands in the environment",
     "model.device_map": "rounding only; stands in the environment",
@@ -57,7 +58,7 @@ OTHER: dict[str, Any] = {
     "source": {"xquad": "nq_open", "nq_open": "xquad", "advbench": "jailbreakbench", "harmbench": "advbench",
                "jailbreakbench": "advbench"},
     "part": {"ending": "translation", "translation": "ending"}, "depths": {None: 2, 5: 4}, "system": "Be brief.",
-    "model.name": "other",
+    "model.name": "other", "key": "affine3", "value": "affine3",
 }  # fmt: skip
 # Options that need a file, a repository or another option; each has a test of its own.
 ELSEWHERE = ("model.path", "model.adapter", "task.file", "task.text", "file", "judge", "_target_", "task.metric")

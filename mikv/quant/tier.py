@@ -46,7 +46,8 @@ class Tier:
             try:
                 chains.append(chain_of((bits if own is None else own) if steps is None else steps, group))
             except ValueError as error:
-                raise ValueError(f"{'bits' if own is None and steps is None else name}: {error}") from error
+                said = name[:-5] if steps is not None else "bits" if own is None else name
+                raise ValueError(f"{said}: {error}") from error
         object.__setattr__(self, "key", chains[0])
         object.__setattr__(self, "value", chains[1])
         if (self.k == 0) != (self.v == 0):
