@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -12,12 +12,13 @@ from conftest import POLICIES, STRANGERS, engine, named_policy, tokens
 
 from mikv.assignment import lowest
 from mikv.budget import AcrossHeads, Amounts, Bytes, PerLayer
-from mikv.cache.policy_store import Received
+from mikv.cache.policy_store import PolicyStore, Received
 from mikv.cache.tier_store import Pairs, TierStore
 from mikv.importance.base import Context
 from mikv.importance.scores import Accumulated, Noise
 from mikv.mikv import mikv
 from mikv.policy import Policy
+from mikv.quant.base import Sample, Side, Transform, Where
 from mikv.quant.tier import Tier
 
 Place = tuple[int, int, int]
@@ -102,12 +103,13 @@ def quotas_of(store: Any, place: Place) -> list[int]:
     return [int(q) for q in store._quotas(context)[(slice(None), *place)]]
 
 
+@pytest.mark.parametrize("lengths", [(61, 38), (6, 1)])
 @pytest.mark.parametrize("name", [*POLICIES, *STRANGERS, *EXTRA])
-def test_tokens_move_as_in_a_cache_made_of_lists(name: str) -> None:
-    """A padded batch, every layer and head, through sixty steps."""
+def test_tokens_move_as_in_a_cache_made_of_lists(name: str, lengths: tuple[int, int]) -> None:
+    """A padded batch, every layer and head, through sixty steps; also where sinks and a window are longer than the prompt."""
     policy = EXTRA[name] if name in EXTRA else named_policy(name)
     policy = replace(policy, positions="original")
-    run, lengths = engine(), (61, 38)
+    run = engine()
     importance = policy.importance
     observers = set() if importance is None or importance.observer is None else {importance.observer}
     state = run.prefill([tokens(length, seed=length) for length in lengths], observers)
@@ -118,7 +120,7 @@ def test_tokens_move_as_in_a_cache_made_of_lists(name: str) -> None:
     places: list[Place] = list(product(range(2), range(2), range(2)))
     lists = {}
     for place in places:
-        first = 61 - lengths[place[1]]
+        first = lengths[0] - lengths[place[1]]
         mine = None if scores is None else dict(enumerate(scores[place][first:].tolist()))
         lists[place] = Lists(policy, mine, quotas_of(store, place), lengths[place[1]])
     masses: list[dict[Place, dict[int, float]]] = []
@@ -153,6 +155,79 @@ def test_tokens_move_as_in_a_cache_made_of_lists(name: str) -> None:
             held = [set(t.positions()[place][: int(t.count[place])].tolist()) for t in store.tiers]
             assert held == [set(tier) for tier in mine.tiers[: len(held)]], (step, place)
     assert moved or len(policy.tiers) == 1 or policy.every == 0
+
+
+def test_neighbours_in_time_share_a_block() -> None:
+    """Whatever their scores, the tokens of a block lie in the order of their positions."""
+    run = engine()
+    cache = run.compress(run.prefill([tokens(50)], {Accumulated().observer}), [BLOCKS])
+    for step in range(60):
+        run.step(cache, torch.tensor([step]), torch.tensor([50 + step]), torch.ones(1, dtype=torch.bool))
+    last = cache.banks[0].stores[0].tiers[-1]
+    for layer, head in product(range(2), range(2)):
+        count = int(last.count[layer, 0, head])
+        assert count % 8 == 0
+        assert count > 40
+        blocks = last.positions()[layer, 0, head, :count].view(-1, 8)
+        assert torch.equal(blocks, blocks.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_copy_by_slots_follows_tokens_that_change_their_slots(every: int) -> None:
+    """Several are evicted at once and the last ones fill the gaps: the working copy is the packed store, bit for bit."""
+    policy = replace(RERANKED, tiers=(Tier(16), Tier(0)), budget=Amounts((0.3,)), every=every)
+    logits = []
+    for reader in ("working", "packed"):
+        run = engine(reader)
+        cache = run.compress(run.prefill([tokens(50)], {Accumulated().observer}), [policy])
+        active = torch.ones(1, dtype=torch.bool)
+        logits.append([run.step(cache, torch.tensor([s]), torch.tensor([50 + s]), active) for s in range(40)])
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+
+
+def test_transforms_are_fitted_without_the_sinks() -> None:
+    policy = named_policy("ladder")
+    run = engine()
+    state = run.prefill([tokens(30), tokens(21, seed=1)], {Accumulated().observer})
+    (bank,) = state.banks
+    spoiled = replace(bank, keys=bank.keys.clone(), values=bank.values.clone())
+    for row, padding in enumerate((0, 9)):
+        spoiled.keys[:, row, :, padding : padding + policy.sinks] *= 50
+    sides = [PolicyStore(policy, state, one, state.lengths.tokens).sides for one in (bank, spoiled)]
+    assert len(sides[0]) == 7  # three steps of two chains of keys, and the rotation of values
+    for steps, side in sides[0].items():
+        assert all(torch.equal(tensor, sides[1][steps][name]) for name, tensor in side.items())
+    counted = PolicyStore(replace(policy, sinks=0), state, spoiled, state.lengths.tokens).sides
+    assert any(not torch.equal(t, counted[steps][name]) for steps, side in sides[0].items() for name, t in side.items())
+
+
+@dataclass(frozen=True)
+class Probe(Transform):
+    """Keeps what it is told of the queries; does nothing."""
+
+    order = 9
+
+    def fit(self, sample: Sample) -> Side:
+        assert sample.queries is not None
+        return {"told": sample.queries.absmax}
+
+    def apply(self, x: torch.Tensor, side: Side, where: Where) -> torch.Tensor:
+        return x
+
+    undo = apply
+
+    def query(self, q: torch.Tensor, side: Side) -> torch.Tensor:
+        return q
+
+
+def test_a_step_is_told_of_the_queries_as_the_steps_before_it_leave_them() -> None:
+    policy = Policy("probe", "probe", (Tier(key=["balance", Probe(), "affine4"], value=4),))
+    run = engine()
+    state = run.prefill([tokens(30)])
+    store = PolicyStore(policy, state, state.banks[0], state.lengths.tokens)
+    sides = {len(steps): side for (_, steps), side in store.sides.items()}
+    assert torch.equal(sides[2]["told"], state.banks[0].query_absmax / sides[1]["balancer"])
+    assert not torch.equal(sides[2]["told"], state.banks[0].query_absmax)
 
 
 def test_the_lowest_of_many_are_the_lowest_one_by_one() -> None:
