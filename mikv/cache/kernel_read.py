@@ -107,7 +107,8 @@ def fold_query(tier: TierStore, layer: int, query: Tensor) -> tuple[Tensor, Tens
     shift: Tensor | None = None
     for step, side, where in tier.steps("keys", layer):
         added = step.shift(query, side, where)
-        shift = added if shift is None or added is None else shift + added
+        if added is not None:
+            shift = added if shift is None else shift + added
         query = step.query(query, side)
     return query, shift
 

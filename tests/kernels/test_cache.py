@@ -8,9 +8,11 @@ from conftest import engine, tokens
 
 from baselines.h2o import h2o
 from mikv.budget import Amounts
+from mikv.cache.compressed import kernels_read
 from mikv.cache.kernel_read import KernelReader
 from mikv.cache.policy_store import PolicyStore, Received
 from mikv.cache.reader import Reader
+from mikv.cache.reading import Reading
 from mikv.mikv import mikv
 from mikv.policy import Policy
 from mikv.quant.tier import Tier
@@ -21,6 +23,10 @@ PANEL = [
     mikv(keep=0.4, high=8, low=Tier(key=["balance/rms", "rotate", "affine3"], value=4)),
     mikv(keep=0.2, low=Tier(2, group=16), balance=False),
     h2o(keep=0.4),
+]
+FOLDED = [  # of the torch implementations alone: logits are shifted, and the weighted sum of values is rotated back
+    mikv(keep=0.3, low=Tier(key=["centre", "balance/rms", "rotate", "affine3"], value=["rotate", "affine3"])),
+    mikv(keep=0.3, high=8, low=Tier(key=["centre/after", "balance", "affine4"], value=["centre/after", "rotate", "affine4"])),
 ]
 # FP32 for torch; the kernel takes 16 bits, and the dense way rounds what it unpacks to 16 bits as well.
 TOLERANCE = {None: 2e-5, "reference": 2e-5, "triton": 1e-2}
@@ -38,10 +44,11 @@ def test_attention_and_scores_of_a_compressed_cache(implementation: str | None) 
     dtype = torch.float16 if implementation == "triton" else torch.float32
     run = engine("packed", dtype=dtype, head_dim=32, query_heads=4, kv_heads=2)
     prompts = [tokens(40), tokens(23, seed=1)]
+    panel = PANEL if implementation == "triton" else PANEL + FOLDED
     state = run.prefill(prompts, {PANEL[0].importance.observer})  # type: ignore[union-attr]
-    cache = run.compress(state, PANEL)
-    rows = len(PANEL) * len(prompts)
-    positions = torch.tensor([len(prompt) for prompt in prompts] * len(PANEL))
+    cache = run.compress(state, panel)
+    rows = len(panel) * len(prompts)
+    positions = torch.tensor([len(prompt) for prompt in prompts] * len(panel))
     for step in range(3):
         run.step(cache, torch.full((rows,), step), positions + step, torch.ones(rows, dtype=torch.bool))
     bank = cache.banks[0]
@@ -87,3 +94,13 @@ def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -
     assert wants == [False, False, False]
     assert reader._received(0, slice(0, 1)) == Received()
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+def test_what_can_be_folded_is_read_by_the_kernels(implementation: str | None) -> None:
+    """Triton folds the query alone; codes that no kernel knows are read from a dense copy."""
+    reading = Reading("kernel", implementation)
+    assert all(kernels_read(policy, reading) for policy in PANEL)
+    assert [kernels_read(policy, reading) for policy in FOLDED] == [implementation != "triton"] * 2
+    for low in (Tier(key="codebook3", value=2), Tier(5), Tier(key="channel2", value=2), Tier(key="affine4/8", value=4)):
+        assert not kernels_read(mikv(low=low, balance=False), reading)
