@@ -24,7 +24,7 @@ EARLY: list[tuple[str, list[str]]] = [
     ("policy.low.bits=2.0", ["policy.low.bits=2.0", "a whole number", "policy.low.bits=2"]),
     ("policy.low.bits=two", ["policy.low.bits=two", "a whole number"]),
     ("policy.low.group=x", ["policy.low.group=x", "a whole number"]),
-    ("policy.high.bits=5", ["bits=5", "16, 8, 4, 3, 2, 0"]),
+    ("policy.high.bits=6", ["bits: 6 bits", "16, 8, 5, 4, 3, 2, 1, 0"]),
     ("policy.high.bits=2 policy.low.bits=8", ["tiers 2 and 8", "swap the two"]),
     ("policy.keep=2", ["policy.keep=2", "between 0 and 1", "policy.keep=0.2"]),
     ("policy.keep=abc", ["policy.keep=abc", "a number"]),

@@ -12,6 +12,7 @@ from mikv.config import policy
 from mikv.decoding import Decoding
 from mikv.engine import Engine, Prompt
 from mikv.importance.scores import ColumnSums
+from mikv.quant.transforms.balance import Balance
 
 
 def test_with_the_full_cache_a_hidden_question_changes_no_answer() -> None:
@@ -55,9 +56,13 @@ def test_the_balancers_maxima_are_over_the_whole_group(
 
     monkeypatch.setattr(prefill, "causal_attention", spy)
     shape = {"query_heads": query_heads, "kv_heads": kv_heads, "hidden_size": 16 * query_heads}
-    bank = Engine(model(**shape), NO_END, 257).prefill([tokens(30)], {ColumnSums()}).banks[0]
+    run = Engine(model(**shape), NO_END, 257)
+    state = run.prefill([tokens(30)], {ColumnSums()})
+    bank, store = state.banks[0], run.compress(state, [policy("mikv")]).banks[0].stores[0]
     for layer, (query, key) in enumerate(seen):
         for head in range(kv_heads):
             group = query[0, head * query_heads // kv_heads : (head + 1) * query_heads // kv_heads]
             assert torch.equal(bank.query_absmax[layer, 0, head], group.abs().amax(dim=(0, 1)))
-            assert torch.equal(bank.key_absmax[layer, 0, head], key[0, head].abs().amax(dim=0))
+            assert torch.allclose(bank.query_squares[layer, 0, head], group.square().sum(dim=(0, 1)), rtol=1e-4)
+            b = (group.abs().amax(dim=(0, 1)) / key[0, head].abs().amax(dim=0)).sqrt()
+            assert torch.equal(store.sides["keys", (Balance(),)]["balancer"][layer, 0, head], b)

@@ -157,7 +157,15 @@ def test_options_of_every_model(name: str, weights: Path) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_options_of_every_policy(name: str) -> None:
     base = ["model=tiny-random", "task.lines=2", "task.limit=2", f"policy={name}"]
-    assert unseen(base, composed(f"policy={name}").policy, "policy") == []
+    options = composed(f"policy={name}").policy
+    blind = unseen(base, options, "policy")
+    # 16 bits have no groups: there the option means nothing, at 8 bits it does
+    exact = [tier for tier, of_tier in options.items() if isinstance(of_tier, DictConfig) and of_tier.bits == 16]
+    assert blind == [f"policy.{tier}.group=8" for tier in exact]
+    for line, tier in zip(blind, exact, strict=True):
+        at_8 = [*base, f"policy.{tier}.bits=8"]
+        full = {run.key(run.panel[0], unit) for run in [compose(*at_8)] for unit in run.open().units()}
+        assert (keys(compose(*at_8)) - full).isdisjoint(keys(compose(*at_8, line)))
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "panel").glob("*.yaml")))
@@ -310,16 +318,16 @@ def test_gold_answers_and_what_scoring_reads_are_in_the_key(
 
 
 @dataclass(frozen=True)
-class Windowed(Policy):
+class Decaying(Policy):
     """A policy of one's own: a field that the project does not know."""
 
-    window: int = 32
+    half_life: int = 32
 
 
 def test_a_field_that_a_subclass_of_a_policy_adds_is_in_the_key() -> None:
     plain = policy("mikv")
     fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    one, two = Windowed(**fields), Windowed(**fields, window=64)
+    one, two = Decaying(**fields), Decaying(**fields, half_life=64)
     assert len({json.dumps(p.identity()) for p in (plain, one, two)}) == 3
     assert replace(one, name="other", label="other").identity() == one.identity()
 
