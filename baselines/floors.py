@@ -16,7 +16,7 @@ def random(
     budget: str = "ratio",
     seed: int = 0,
 ) -> Policy:
-    """MiKV with a random score: who is important is drawn by lot (the recent part of the budget stays).
+    """MiKV with a random score: which tokens are important is drawn at random (the recent part of the budget stays).
 
     Args: see mikv.mikv.mikv; seed: of the draw. `low.bits=0` makes it an eviction policy.
     """

@@ -1,4 +1,4 @@
-"""Full cache: every pair at 16 bits. The twin that every other policy is compared with."""
+"""Full cache: every pair at 16 bits. The baseline that every other policy is compared with."""
 
 from mikv.policy import Policy
 from mikv.quant.tier import Tier

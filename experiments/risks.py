@@ -58,13 +58,13 @@ def risks(summary: Sequence[Row]) -> Iterator[Row]:
 def _flat(row: Row, part: str, name: str, rate: Row) -> Row:
     low, high = rate["ci95"] or (None, None)
     lower, upper = rate.get("difference_ci95") or (None, None)
-    twin = row["policy"] == "full"
+    is_full = row["policy"] == "full"
     return {
         "model": row["model"],
         "task": row["task"],
         "question": row["question"],
         "risk": part if name == "wrong" else f"{part} {name}",
-        "budget": None if twin else budget(row["size_percent"]),
+        "budget": None if is_full else budget(row["size_percent"]),
         "policy": row["policy"],
         "label": row["label"],
         "size": row["size_percent"],
@@ -72,10 +72,10 @@ def _flat(row: Row, part: str, name: str, rate: Row) -> Row:
         "low": low,
         "high": high,
         "n": rate["n"],
-        "change": None if twin else rate.get("difference"),
-        "change_low": None if twin else lower,
-        "change_high": None if twin else upper,
-        "p": None if twin else rate.get("mcnemar_p"),
+        "change": None if is_full else rate.get("difference"),
+        "change_low": None if is_full else lower,
+        "change_high": None if is_full else upper,
+        "p": None if is_full else rate.get("mcnemar_p"),
     }
 
 

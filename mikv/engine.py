@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mikv.cache.compressed import CompressedCache, Usage, Workspace, kernels_read
+from mikv.cache.backend import Backend, decide
+from mikv.cache.compressed import CompressedCache, Usage, Workspace
 from mikv.cache.prefill import PrefillCache, PrefillState
-from mikv.cache.reading import Reading, decide
 from mikv.decoding import Decoding, choose, penalized
 from mikv.importance.base import Observer
 from mikv.kernels.verify import verify
@@ -108,7 +108,7 @@ class Generation:
 @dataclass
 class Seconds:
     """Time spent by phase, for all policies of a panel together: they share one prefill and one decode. fidelity: feeding
-    the full twin's answers through every cache."""
+    the full cache's answers through every cache."""
 
     prefill: float = 0.0
     compress: float = 0.0
@@ -128,7 +128,7 @@ class Engine:
         model: the causal LM.
         end_tokens: ids that end an answer.
         pad_token: id for padding; never attended.
-        reader, attention: how compressed caches are read, see mikv.cache.reading.
+        reader, attention: how compressed caches are read, see mikv.cache.backend.
         watch: is told, again and again while a batch is served, which share of its work is done (0..1, an estimate).
     """
 
@@ -147,7 +147,7 @@ class Engine:
         self._prefix: tuple[tuple[tuple[int, ...], frozenset[Observer]], PrefillState] | None = None
 
     @property
-    def reading(self) -> Reading:
+    def backend(self) -> Backend:
         """How compressed caches are read.
 
         Raises:
@@ -161,9 +161,9 @@ class Engine:
         Raises:
             KernelsDisagree: they aren't.
         """
-        if panel and self.reading.attention == "triton":
+        if panel and self.backend.attention == "triton":
             shape = self.geometry
-            read = [policy for policy in panel if kernels_read(policy, self.reading)]
+            read = [policy for policy in panel if self.backend.reader_of(policy) == "kernel"]
             tiers = {(tier.k, tier.v) for policy in read for tier in policy.tiers if not tier.evicted}
             heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
             verify(sorted(tiers | {(16, 16)}), *heads, self.model.dtype, self.model.device)
@@ -180,7 +180,7 @@ class Engine:
         shared = max(0, shared)  # the queries that an observer asks for are not in the prefix
         prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
         cache = PrefillCache(
-            self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.reading.kernels
+            self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.backend.kernels
         )
         if lengths.width:
             ids = [[self.pad_token] * (lengths.width - len(c)) + list(c[shared:]) for c in contexts]
@@ -222,7 +222,7 @@ class Engine:
         workspace: Workspace | None = None,
     ) -> CompressedCache:
         """Every policy's compressed cache of a prefill. The state is not changed."""
-        return CompressedCache(state, panel, prompt_lengths, self.reading, workspace)
+        return CompressedCache(state, panel, prompt_lengths, self.backend, workspace)
 
     @torch.inference_mode()
     def generate(
@@ -301,7 +301,7 @@ class Engine:
         done: dict[tuple[int, int], Generation] = {}
         positions = torch.tensor([len(prompts[b].context) for _, b in rows])
         active = torch.ones(len(rows), dtype=torch.bool)
-        chooser = _Chooser(decoding, prompts, rows)
+        chooser = _TokenChooser(decoding, prompts, rows)
 
         def finish() -> None:
             for row, usage, going_on in zip(rows, cache.usage(), active.tolist(), strict=True):
@@ -492,7 +492,7 @@ def _by_prompt(
     return results
 
 
-class _Chooser:
+class _TokenChooser:
     """Chooses the next token of each row; a row is a (policy, prompt)."""
 
     def __init__(self, decoding: Decoding, prompts: Sequence[Prompt], rows: Sequence[tuple[int, int]]) -> None:
@@ -500,13 +500,13 @@ class _Chooser:
         names = [_name([*prompt.context, *prompt.question]) * 1_000_003 + prompt.repeat for prompt in prompts]
         self._names = torch.tensor([names[b] for _, b in rows])
         self._prompts = [prompts[b] for _, b in rows]
-        self._reading = torch.tensor([len(prompt.question) - 1 for prompt in self._prompts])
+        self._question_steps = torch.tensor([len(prompt.question) - 1 for prompt in self._prompts])
         self._seen: Tensor | None = None
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """The tokens that follow at a step, int64 [R]; of rows that are still reading their question: anything."""
         decoding = self._decoding
-        place = step - self._reading  # in the answer
+        place = step - self._question_steps  # in the answer
         if decoding.repetition_penalty != 1:
             if self._seen is None:
                 self._seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -525,7 +525,7 @@ class _Chooser:
         """Go on with some rows (int64)."""
         self._names = self._names[rows]
         self._prompts = [self._prompts[i] for i in rows.tolist()]
-        self._reading = self._reading[rows]
+        self._question_steps = self._question_steps[rows]
         if self._seen is not None:
             self._seen = self._seen[rows.to(self._seen.device)]
 

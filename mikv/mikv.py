@@ -9,8 +9,8 @@
 4. *Decoding.* A new token enters at `high`. After each step's attention, scores grow by what it gave, and where the
    budget is exceeded the least important token is demoted to `low`, for good. Nothing is ever evicted.
 
-The code that does it: scores in mikv/importance/scores.py, budgets in mikv/budget.py, who moves in
-mikv/assignment.py, storage in mikv/cache/policy_store.py.
+The code that does it: scores in mikv/importance/scores.py, budgets in mikv/budget.py, ranking and
+assignment in mikv/assignment.py, storage in mikv/cache/policy_store.py.
 """
 
 from __future__ import annotations

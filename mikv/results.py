@@ -26,7 +26,7 @@ class ResultsError(RuntimeError):
 class Results:
     """One run.
 
-    summary: a row per policy, the full twin first; samples: a row per policy and sample (of a kept result set: the flipped
+    summary: a row per policy, the full cache first; samples: a row per policy and sample (of a kept result set: the flipped
     ones alone); about: as in run.json, with the identity; environments: of the processes that made the samples; config: the
     resolved configuration as YAML, where it is kept.
     """
@@ -39,7 +39,7 @@ class Results:
     config: str
 
     @property
-    def twin(self) -> str:
+    def full_label(self) -> str:
         """Label of the full cache."""
         return str(self.summary[0]["label"])
 
@@ -92,18 +92,18 @@ def panel_of(folder: Path) -> str | None:
 def flips(results: Results) -> Iterator[tuple[Row, Row]]:
     """Samples whose outcome is another one than with the full cache: its row there, and the policy's, in the order of the
     summary. Only outcomes that are right or wrong flip; a divergence always differs."""
-    twins = {row["sample"]: row for row in results.samples if row["label"] == results.twin}
+    of_full = {row["sample"]: row for row in results.samples if row["label"] == results.full_label}
     for point in results.summary[1:]:
         for row in results.samples:
-            if row["label"] == point["label"] and row["sample"] in twins:
-                scores = {twins[row["sample"]].get("score"), row.get("score")}
+            if row["label"] == point["label"] and row["sample"] in of_full:
+                scores = {of_full[row["sample"]].get("score"), row.get("score")}
                 if scores == {0.0, 1.0}:
-                    yield twins[row["sample"]], row
+                    yield of_full[row["sample"]], row
 
 
 def measures(row: Mapping[str, Any]) -> dict[str, Row]:
-    """All that was measured of a policy, by name: each with value, n, ci95 (or None), lower_is_better, and, where it has a
-    twin, difference (in the measure's unit), difference_ci95, mcnemar_p, lost, gained. The task's metric comes first."""
+    """All that was measured of a policy, by name: each with value, n, ci95 (or None), lower_is_better, and, where there is a
+    full cache, difference (in the measure's unit), difference_ci95, mcnemar_p, lost, gained. The task's metric comes first."""
     found = {str(row["metric"]): {**row, "lower_is_better": row.get("lower_is_better", False)}}
     for name, lower in (("kl", True), ("agreement", False), ("nll_change", True)):
         if name in row and name not in found:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mikv.cache.reading import Reading, decide
+from mikv.cache.backend import Backend, decide
 from mikv.fingerprint import fingerprint, record_key
 from mikv.models.load import ModelSpec, load_geometry
 from mikv.options import QUESTIONS, check_choice, check_name, check_range
@@ -32,7 +32,7 @@ class Run:
         batch_size: prompts at a time; each brings a row per policy. It changes speed and memory, and how matrix products round:
             a code at a rounding tie may flip, and now and then an answer. Each record says in which batch it was made.
         seed: of the samples.
-        reader, attention: how the compressed cache is read, see mikv.cache.reading; None = as it suits the device.
+        reader, attention: how the compressed cache is read, see mikv.cache.backend; None = as it suits the device.
         fidelity: feed the full cache's own answers through each policy's cache (scored continuations always are).
         name: folder name within `out`; None = made from model, task, panel and the hash of what is asked.
         out: folder of all runs.
@@ -57,7 +57,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_choice("protocol.question", self.question, QUESTIONS)
-        _ = self.reading
+        _ = self.backend
         for option, value in (("task.limit", self.limit), ("batch_size", self.batch_size), ("seed", self.seed)):
             check_range(option, value)
         check_name(self.name)
@@ -67,7 +67,7 @@ class Run:
             raise ValueError(f"the panel has {', '.join(twice)} more than once; each row must differ in something")
 
     @cached_property
-    def reading(self) -> Reading:
+    def backend(self) -> Backend:
         """How caches will be read, known before the weights are: it is a part of the identity."""
         device, dtype = self.model.resolve_device(), self.model.resolve_dtype()
         return decide(self.reader, self.attention, device, dtype, lambda: load_geometry(self.model).head_dim)
@@ -88,7 +88,7 @@ class Run:
                 "trust_remote_code": self.model.trust_remote_code,
             },
             "task": task_identity(self.task),
-            "protocol": {"question": self.question, "fidelity": self.fidelity, **self.reading.protocol},
+            "protocol": {"question": self.question, "fidelity": self.fidelity, **self.backend.protocol},
             "seed": self.seed,
         }
 

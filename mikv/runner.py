@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from mikv.batches import Request, Response, serve
-from mikv.cache.compressed import kernels_read
 from mikv.engine import Engine
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, load, load_geometry
@@ -124,9 +123,7 @@ def _answer(
     loaded = load(run.model)
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0, run.reader, run.attention)
     engine.verify_kernels(run.panel)
-    unpacked = [
-        policy.label for policy in run.panel if engine.reading.reader == "kernel" and not kernels_read(policy, engine.reading)
-    ]
+    unpacked = [policy.label for policy in run.panel if run.backend.reader_of(policy) != run.backend.reader]
     if unpacked:
         print(f"note: the kernels can't read what these store; a dense copy is made of it at each step: {', '.join(unpacked)}")
     encoded = _encode(run, work, [unit for units in todo.values() for unit in units], loaded)
@@ -245,8 +242,8 @@ def _row(run: Run, policy: Policy, served: _ServedUnit, encoded: Encoded, respon
         # from here on: what may differ where the same is computed again
         "allocated_nbytes": sum(response.usage.allocated_nbytes for response in responses),
         "peak_nbytes": _peak(loaded.model.device.type),
-        "reader": run.reading.reader if kernels_read(policy, run.reading) or run.reading.reader != "kernel" else "packed",
-        "attention": run.reading.attention or "torch",
+        "reader": run.backend.reader_of(policy),
+        "attention": run.backend.attention or "torch",
         "batch": list(served.batch),
         "seconds": served.seconds,
     }
@@ -281,7 +278,7 @@ def _show(run: Run, summary: Sequence[Row], collected: Collected) -> None:
         )
     if collected.replaced:
         print(f"note: {collected.replaced} records in the folder are of samples with other content than now, and don't count")
-    _report(run, summary)
+    _print_summary(run, summary)
 
 
 def _plots(run: Run, summary: Sequence[Row], collected: Collected) -> Iterator[tuple[str, Path]]:
@@ -304,7 +301,7 @@ def _plots(run: Run, summary: Sequence[Row], collected: Collected) -> Iterator[t
             print(f"note: {file} can't be drawn ({error.strerror})")
 
 
-def _report(run: Run, summary: Sequence[Row]) -> None:
+def _print_summary(run: Run, summary: Sequence[Row]) -> None:
     """Say what a reader of the numbers must know. A policy that never compressed anything was not evaluated, whatever its
     accuracy: that fails the run."""
     if summary[0]["cut"]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Fidelity(NamedTuple):
-    """How far a policy is from the panel's first one (the full twin) while both are fed the same tokens.
+    """How far a policy is from the panel's first one (the full-cache baseline) while both are fed the same tokens.
 
-    kl: mean over the tokens of KL(twin || policy) between next-token distributions, in nats; agreement: share of tokens at
+    kl: mean over the tokens of KL(baseline || policy) between next-token distributions, in nats; agreement: share of tokens at
     which both have the same most probable token; nll_change: mean change of the tokens' negative log-likelihood, in nats
-    (positive = less probable than with the twin).
+    (positive = less probable than with the baseline).
     """
 
     kl: float
@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 
 class Tally:
-    """Adds up what is asked of continuations, token by token, for all policies; the first one is the others' twin.
+    """Adds up what is asked of continuations, token by token, for all policies; the first one is the others' baseline.
 
     Args:
         policies: P.
@@ -51,15 +51,15 @@ class Tally:
         """Token `step` of continuations `some` (int64 [n]), predicted by logits [P, n, vocabulary]."""
         target = torch.tensor([self.tokens[i][step] for i in some.tolist()], device=logits.device)
         some = some.to(logits.device)
-        twin: Tensor | None = None
+        baseline: Tensor | None = None
         for p, mine in enumerate(logits):  # one policy at a time: vocabularies are large
             log_probs = torch.log_softmax(mine.float(), dim=-1)
-            twin = log_probs if twin is None else twin
+            baseline = log_probs if baseline is None else baseline
             best = log_probs.argmax(dim=-1)
             self._logprob[p, some] += log_probs.gather(-1, target[:, None]).squeeze(-1).double()
             self._greedy[p, some] &= best == target
-            self._kl[p, some] += (twin.exp() * (twin - log_probs)).sum(dim=-1).double()
-            self._same[p, some] += (best == twin.argmax(dim=-1)).double()
+            self._kl[p, some] += (baseline.exp() * (baseline - log_probs)).sum(dim=-1).double()
+            self._same[p, some] += (best == baseline.argmax(dim=-1)).double()
 
     def result(self) -> list[list[Scored]]:
         """By policy and continuation."""

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "mikv.kernels.verify",
         "mikv.models",
     ),
-    "mikv.cache.reading": ("mikv.kernels", "mikv.options"),
+    "mikv.cache.backend": ("mikv.kernels", "mikv.options", "mikv.policy", "mikv.quant"),
     "mikv.inside": ("mikv.batches", "mikv.engine", "mikv.cache", "mikv.models", "mikv.policy", "mikv.quant"),
     "mikv.batches": ("mikv.engine", "mikv.decoding", "mikv.policy"),
     "mikv.tasks": ("mikv.tasks",),
@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.columns": (),
     "mikv.table": ("mikv.columns",),
     "mikv.run": (
-        *("mikv.models", "mikv.options", "mikv.policy", "mikv.fingerprint", "mikv.cache.reading", "mikv.tasks"),
+        *("mikv.models", "mikv.options", "mikv.policy", "mikv.fingerprint", "mikv.cache.backend", "mikv.tasks"),
         "mikv.work",
     ),
     "mikv.run_summary": ("mikv.work", "mikv.metrics", "mikv.records"),

@@ -127,7 +127,7 @@ def test_scores_are_those_of_decoding_step_by_step(any_policy: Policy) -> None:
 
 
 def test_the_twins_own_answer_is_what_fidelity_is_measured_on(any_policy: Policy) -> None:
-    """For generation: the full twin's answer, end token included, is scored for every policy."""
+    """For generation: the full cache's answer, end token included, is scored for every policy."""
     prompts, panel = [prompt(40), prompt(23, seed=1, question=4)], [policy("full"), any_policy]
     free = engine().generate(prompts, [policy("full")], Decoding(6))[0]
     ending = Engine(model(), {free[0].tokens[3]}, 257)  # one answer ends early, the other at the limit
@@ -170,7 +170,7 @@ def test_a_shared_prefix_changes_nothing(lengths: tuple[int, ...], architecture:
         assert torch.allclose(mine.query_squares, other.query_squares, rtol=1e-3, atol=1e-4)
         for observer, sums in mine.observed.items():
             assert torch.allclose(sums, other.observed[observer], atol=1e-3)
-    assert torch.equal(whole.rows, forked.rows)
+    assert torch.equal(whole.prompts, forked.prompts)
 
 
 def test_nothing_of_unwritten_memory_gets_in() -> None:

@@ -25,20 +25,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mikv.cache.backend import Backend
 from mikv.cache.dense import Prompts, dense_readers
-from mikv.cache.kernel_read import KernelReader, served
+from mikv.cache.kernel_read import KernelReader
 from mikv.cache.policy_store import PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.cache.reader import Reader
-from mikv.cache.reading import Reading
 from mikv.cache.sides import Fits
 from mikv.policy import Policy
 from mikv.types import Geometry
-
-
-def kernels_read(policy: Policy, reading: Reading) -> bool:
-    """Whether the kernels can read what a policy stores; else it goes through a dense copy."""
-    return all(served(tier, reading.attention) for tier in policy.tiers if not tier.evicted)
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class CompressedCache(Cache):
         state: the prefill of the B prompts; may be empty (no real token in any row).
         panel: the P policies.
         prompt_lengths: int64 [B]: lengths that budgets of kind `fixed` are shares of; None = the prefill's.
-        reading: see above.
+        backend: see above.
         workspace: memory for the working copy; None = fresh memory.
     """
 
@@ -94,7 +89,7 @@ class CompressedCache(Cache):
         state: PrefillState,
         panel: Sequence[Policy],
         prompt_lengths: Tensor | None = None,
-        reading: Reading = Reading(),
+        backend: Backend = Backend(),
         workspace: Workspace | None = None,
     ) -> None:
         self._geometry = state.geometry
@@ -107,7 +102,7 @@ class CompressedCache(Cache):
         workspace = Workspace() if workspace is None else workspace
         super().__init__(layers=[])
         self._hold(
-            [_Bank(state, bank, panel, prompt_lengths, reading, workspace.of_bank(i)) for i, bank in enumerate(state.banks)]
+            [_Bank(state, bank, panel, prompt_lengths, backend, workspace.of_bank(i)) for i, bank in enumerate(state.banks)]
         )
 
     def end_step(self, active: Tensor) -> None:
@@ -227,16 +222,16 @@ class _Bank:
         bank: PrefillBank,
         panel: Sequence[Policy],
         prompt_lengths: Tensor,
-        reading: Reading,
+        backend: Backend,
         workspace: Workspace,
     ) -> None:
         self.layers = bank.layers
         self.open = False  # whether a step is under way
         fits = Fits(state, bank, state.rope)
-        by_kernel = [reading.reader == "kernel" and kernels_read(policy, reading) for policy in panel]
+        by_kernel = [backend.reader_of(policy) == "kernel" for policy in panel]
         self.stores = [
             # the kernels read pairs in any order; a dense copy wants each at its place
-            PolicyStore(policy, state, bank, prompt_lengths, fits, reading.kernels, track=not kernel)
+            PolicyStore(policy, state, bank, prompt_lengths, fits, backend.kernels, track=not kernel)
             for policy, kernel in zip(panel, by_kernel, strict=True)
         ]
         self.columns = state.lengths.width
@@ -247,8 +242,8 @@ class _Bank:
         others = [store for store, kernel in zip(self.stores, by_kernel, strict=True) if not kernel]
         prompts = Prompts((layers, heads, dim), state.lengths.padding, self.columns)
         memory = partial(workspace.take, dtype=self.keys.dtype, device=self.keys.device)
-        self.readers: list[Reader] = [KernelReader(packed, reading.attention, state.rope)] if packed else []
-        self.readers += dense_readers(others, prompts, reading.reader == "working", memory, state.rope)
+        self.readers: list[Reader] = [KernelReader(packed, backend.attention, state.rope)] if packed else []
+        self.readers += dense_readers(others, prompts, backend.reader == "working", memory, state.rope)
         self._arrange()
 
     def _arrange(self) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
+from mikv.cache.backend import Backend
 from mikv.cache.compressed import CompressedCache
 from mikv.cache.prefill import PrefillBank, PrefillState
-from mikv.cache.reading import Reading
 from mikv.policy import Policy
 from mikv.rope import Rope
 from mikv.types import Geometry, Lengths
@@ -38,7 +38,7 @@ def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
     lengths = Lengths(torch.tensor([tokens]), tokens)
     rope = Rope(torch.ones(head_dim // 2))
     state = PrefillState((bank,), lengths, torch.zeros(1, dtype=torch.long), Geometry(1, 1, 1, head_dim), torch.bfloat16, rope)
-    (usage,) = CompressedCache(state, [policy], reading=Reading("packed")).usage()
+    (usage,) = CompressedCache(state, [policy], backend=Backend("packed")).usage()
     return sum(usage.nbytes.values()) / usage.full_nbytes
 
 

@@ -16,12 +16,8 @@ from mikv.cache.reader import Reader
 from mikv.cache.reindex import gone_after_slots
 from mikv.cache.tier_store import TierStore
 from mikv.kernels import pick
-from mikv.kernels.segments import PACKED_BITS, Segment, Vectors
-from mikv.quant.codes.affine import Affine
-from mikv.quant.codes.exact import Exact
-from mikv.quant.tier import Tier
+from mikv.kernels.segments import Segment, Vectors
 from mikv.quant.transforms.balance import Balance
-from mikv.quant.transforms.rotate import Rotate
 from mikv.rope import Rope
 
 
@@ -71,17 +67,6 @@ def _stacked(of_layers: Sequence[Tensor | None]) -> Tensor | None:
     """[L, ...] of L tensors, or None where there are none."""
     found = [x for x in of_layers if x is not None]
     return torch.stack(found) if found else None
-
-
-def served(tier: Tier, implementation: str | None) -> bool:
-    """Whether the kernels read a tier: codes that they know, in groups of one size, behind transforms that can be folded."""
-    codes = [chain.code for chain in (tier.key, tier.value)]
-    affine = [code for code in codes if isinstance(code, Affine)]
-    if any(code.bits not in PACKED_BITS for code in affine) or len(affine) + sum(isinstance(c, Exact) for c in codes) < 2:
-        return False
-    groups = {code.group for code in affine}
-    folded = {type(step) for step in tier.key.transforms}
-    return len(groups) < 2 and (implementation != "triton" or (folded <= {Balance, Rotate} and not tier.value.transforms))
 
 
 def tier_segment(tier: TierStore, layer: int, query: Tensor) -> Segment:

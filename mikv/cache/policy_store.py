@@ -1,4 +1,4 @@
-"""One policy's packed cache of a batch: the tiers, who is in them, and how tokens move down.
+"""One policy's packed cache of a batch: the tiers, the tokens that they hold, and how tokens move down.
 
 Built once from an exact prefill (every prompt token is quantized from its exact value, once), then stepped: a new token
 enters the first tier, scores grow, and where a budget is exceeded the least important tokens go one tier down, for good.
@@ -76,7 +76,7 @@ class PolicyStore:
     ) -> None:
         self.policy = policy
         self._packing, self._track = packing, track
-        self._layers, self._prompts = bank.layers, state.rows.to(bank.layers.device)
+        self._layers, self._prompts = bank.layers, state.prompts.to(bank.layers.device)
         self._geometry, self._dtype = state.geometry, state.dtype
         self._prompt_lengths = prompt_lengths
         self.seen = state.lengths.tokens.clone()

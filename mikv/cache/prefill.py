@@ -43,12 +43,12 @@ class PrefillBank:
 
 @dataclass(frozen=True)
 class PrefillState:
-    """Prefill of a batch. rows int64 [B]: a number that names each prompt (for seeded scores); rope: of the model, None where
-    its frequencies are not fixed; output_projection: see mikv.importance.base.Context."""
+    """Prefill of a batch. prompts int64 [B]: a number that names each (for seeded scores); rope: of the model, None where its
+    frequencies are not fixed; output_projection: see mikv.importance.base.Context."""
 
     banks: tuple[PrefillBank, ...]
     lengths: Lengths
-    rows: Tensor
+    prompts: Tensor
     geometry: Geometry
     dtype: torch.dtype
     rope: Rope | None = None
@@ -93,11 +93,11 @@ class PrefillCache(Cache):
         super().__init__(layers=layers)
 
     def state(
-        self, rows: Tensor, rope: Rope | None = None, output_projection: Callable[[int], Tensor] | None = None
+        self, prompts: Tensor, rope: Rope | None = None, output_projection: Callable[[int], Tensor] | None = None
     ) -> PrefillState:
         """What was collected. Arguments: see PrefillState."""
         banks = tuple(bank.finish() for bank in self._collecting)
-        return PrefillState(banks, self._lengths, rows, self._geometry, self._dtype, rope, output_projection)
+        return PrefillState(banks, self._lengths, prompts, self._geometry, self._dtype, rope, output_projection)
 
 
 class _CollectingBank:

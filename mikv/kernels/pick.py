@@ -36,8 +36,8 @@ def picked(device: torch.device, implementation: str | None = None, dim: int = 6
 def decode_attention(
     query: Tensor, segments: Sequence[Segment], scaling: float, implementation: str | None = None
 ) -> Attention:
-    """See mikv.kernels.decode_reference.decode_attention. On a CPU its faster twin runs where nothing else is asked for; so
-    does the reference on a GPU for vectors of 32 bits."""
+    """See mikv.kernels.decode_reference.decode_attention. On a CPU a faster implementation runs where nothing else is asked
+    for; so does the reference on a GPU for vectors of 32 bits."""
     if implementation is None and query.device.type == "cpu":
         return decode_cpu.decode_attention(query, segments, scaling)
     wide = any(x.data.dtype == torch.float32 for segment in segments for x in (segment.keys, segment.values))

@@ -75,7 +75,7 @@ class PanelLM(HFLM):
 
     Args:
         loaded: model and tokenizer.
-        panel: the first policy is the others' twin; empty where only `encode` and `replies` are used.
+        panel: the first policy is the others' baseline; empty where only `encode` and `replies` are used.
         engine: None = one with the default reader.
         seed: of sampled answers.
         batch_size: prompts at a time.

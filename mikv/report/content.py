@@ -33,7 +33,7 @@ def content(runs: Sequence[Results]) -> dict[str, Any]:
 def _run(run: Results) -> dict[str, Any]:
     first = run.summary[0]
     points = [_point(row) for row in run.summary]
-    changed = [_flip(twin, mine, first.get("lower_is_better", False)) for twin, mine in flips(run)]
+    changed = [_flip(full, mine, first.get("lower_is_better", False)) for full, mine in flips(run)]
     return {
         "name": run.name,
         "title": f"{first['model']} · {first['task']}",
@@ -68,9 +68,9 @@ def _commit(environment: dict[str, Any]) -> str:
 
 
 def _point(row: dict[str, Any]) -> dict[str, Any]:
-    twin = row["policy"] == "full"
+    full = row["policy"] == "full"
     found = measures(row)
-    if twin:  # its difference to itself is no result
+    if full:  # its difference to itself is no result
         found = {name: {k: of[k] for k in ("value", "n", "ci95", "lower_is_better")} for name, of in found.items()}
     return {
         "policy": row["policy"],
@@ -100,13 +100,13 @@ def _view(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _flip(twin: dict[str, Any], mine: dict[str, Any], lower_is_better: bool) -> dict[str, Any]:
+def _flip(full: dict[str, Any], mine: dict[str, Any], lower_is_better: bool) -> dict[str, Any]:
     return {
         "label": mine["label"],
         "sample": mine["sample"],
-        "better": (float(mine["score"]) > float(twin["score"])) != lower_is_better,
+        "better": (float(mine["score"]) > float(full["score"])) != lower_is_better,
         "target": _short(mine.get("target", "")),
-        "answers": [{"text": _short(row.get("answer", "")), "outcomes": _outcomes(row)} for row in (twin, mine)],
+        "answers": [{"text": _short(row.get("answer", "")), "outcomes": _outcomes(row)} for row in (full, mine)],
     }
 
 

@@ -125,8 +125,8 @@ def fidelity_row(fidelity: Fidelity | None) -> Row:
     return {} if fidelity is None else fidelity._asdict()
 
 
-def twins_choice(responses: Sequence[Response]) -> tuple[int, int]:
-    """What the full twin answers when continuations are scored: (request, continuation) of the highest log-probability."""
+def baseline_choice(responses: Sequence[Response]) -> tuple[int, int]:
+    """What the full cache answers when continuations are scored: (request, continuation) of the highest log-probability."""
     return max(
         (
             (r, c)
@@ -139,10 +139,10 @@ def twins_choice(responses: Sequence[Response]) -> tuple[int, int]:
 
 
 def unit_fidelity(responses: Sequence[Sequence[Response]]) -> list[Fidelity | None]:
-    """Each policy's fidelity on the full twin's (the first policy's) answer to a unit."""
-    twin = responses[0]
-    if all(isinstance(response, Scores) for response in twin):
-        request, continuation = twins_choice(twin)
+    """Each policy's fidelity on the full cache's (the first policy's) answer to a unit."""
+    baseline = responses[0]
+    if all(isinstance(response, Scores) for response in baseline):
+        request, continuation = baseline_choice(baseline)
         return [_scores(mine[request]).continuations[continuation].fidelity for mine in responses]
     return [next(r.fidelity for r in mine if isinstance(r, Generation)) for mine in responses]
 

@@ -72,6 +72,6 @@ def test_noise_is_the_same_alone_in_a_batch_and_on_entry() -> None:
 def test_random_importance_differs_between_prompts() -> None:
     """Otherwise the floor line would be one draw, not many."""
     run = engine()
-    rows = run.prefill([tokens(20), tokens(20, seed=1)]).rows
+    rows = run.prefill([tokens(20), tokens(20, seed=1)]).prompts
     assert rows[0] != rows[1]
-    assert run.prefill([tokens(20, seed=1)]).rows[0] == rows[1]
+    assert run.prefill([tokens(20, seed=1)]).prompts[0] == rows[1]

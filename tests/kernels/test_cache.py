@@ -8,11 +8,10 @@ from conftest import engine, tokens
 
 from baselines.h2o import h2o
 from mikv.budget import Amounts
-from mikv.cache.compressed import kernels_read
+from mikv.cache.backend import Backend
 from mikv.cache.kernel_read import KernelReader
 from mikv.cache.policy_store import PolicyStore, Received
 from mikv.cache.reader import Reader
-from mikv.cache.reading import Reading
 from mikv.mikv import mikv
 from mikv.policy import Policy
 from mikv.quant.tier import Tier
@@ -99,8 +98,8 @@ def test_policies_without_scores_want_no_mass(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
 def test_what_can_be_folded_is_read_by_the_kernels(implementation: str | None) -> None:
     """Triton folds the query alone; codes that no kernel knows are read from a dense copy."""
-    reading = Reading("kernel", implementation)
-    assert all(kernels_read(policy, reading) for policy in PANEL)
-    assert [kernels_read(policy, reading) for policy in FOLDED] == [implementation != "triton"] * 2
+    backend = Backend("kernel", implementation)
+    assert all(backend.reader_of(policy) == "kernel" for policy in PANEL)
+    assert [backend.reader_of(policy) == "kernel" for policy in FOLDED] == [implementation != "triton"] * 2
     for low in (Tier(key="codebook3", value=2), Tier(5), Tier(key="channel2", value=2), Tier(key="affine4/8", value=4)):
-        assert not kernels_read(mikv(low=low, balance=False), reading)
+        assert backend.reader_of(mikv(low=low, balance=False)) == "packed"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import NO_END, POLICIES, Decoding, engine, model, policy, prompt, tokens
 
-from mikv.cache.reading import Reading, decide
+from mikv.cache.backend import Backend, decide
 from mikv.cache.reindex import gone_after_columns, gone_after_slots
 from mikv.engine import Engine, Scoring
 from mikv.importance.scores import ColumnSums
@@ -51,21 +51,21 @@ def unasked() -> int:
 @pytest.mark.parametrize(
     ("reader", "attention", "device", "dtype", "head_dim", "wanted"),
     [
-        (None, None, CPU, SINGLE, None, Reading("working")),
-        ("packed", None, GPU, HALF, None, Reading("packed")),
-        ("kernel", None, CPU, SINGLE, None, Reading("kernel")),
-        (None, "reference", CPU, SINGLE, None, Reading("kernel", "reference")),
-        (None, None, GPU, HALF, 128, Reading("kernel", "triton")),
-        (None, None, GPU, HALF, 80, Reading("working")),  # no kernel for such heads
-        (None, None, GPU, SINGLE, None, Reading("working")),
-        ("kernel", None, GPU, HALF, 80, Reading("kernel", "reference")),
-        ("kernel", None, GPU, SINGLE, None, Reading("kernel", "reference")),
-        ("kernel", "triton", GPU, torch.float16, 64, Reading("kernel", "triton")),
-        (None, "reference", GPU, HALF, None, Reading("kernel", "reference")),
+        (None, None, CPU, SINGLE, None, Backend("working")),
+        ("packed", None, GPU, HALF, None, Backend("packed")),
+        ("kernel", None, CPU, SINGLE, None, Backend("kernel")),
+        (None, "reference", CPU, SINGLE, None, Backend("kernel", "reference")),
+        (None, None, GPU, HALF, 128, Backend("kernel", "triton")),
+        (None, None, GPU, HALF, 80, Backend("working")),  # no kernel for such heads
+        (None, None, GPU, SINGLE, None, Backend("working")),
+        ("kernel", None, GPU, HALF, 80, Backend("kernel", "reference")),
+        ("kernel", None, GPU, SINGLE, None, Backend("kernel", "reference")),
+        ("kernel", "triton", GPU, torch.float16, 64, Backend("kernel", "triton")),
+        (None, "reference", GPU, HALF, None, Backend("kernel", "reference")),
     ],
 )
 def test_what_is_left_open_follows_from_device_and_model(
-    reader: str | None, attention: str | None, device: torch.device, dtype: torch.dtype, head_dim: int | None, wanted: Reading
+    reader: str | None, attention: str | None, device: torch.device, dtype: torch.dtype, head_dim: int | None, wanted: Backend
 ) -> None:
     assert decide(reader, attention, device, dtype, unasked if head_dim is None else lambda: head_dim) == wanted
 
@@ -87,8 +87,8 @@ def test_what_can_not_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_what_rounds_otherwise_is_in_the_protocol() -> None:
-    assert Reading("working").protocol == Reading("packed").protocol == {}
-    protocols = [Reading("kernel", attention).protocol["attention"] for attention in (None, "reference", "triton")]
+    assert Backend("working").protocol == Backend("packed").protocol == {}
+    protocols = [Backend("kernel", attention).protocol["attention"] for attention in (None, "reference", "triton")]
     assert protocols == ["cpu", "reference", "triton"]
 
 
@@ -118,7 +118,7 @@ def test_triton_serves_a_whole_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = [policy(name) for name in ("full", "mikv", "streaming_llm", "h2o")]
     prompts = [prompt(40), prompt(17, seed=1)]
     one, other = (Engine(model(**shape), NO_END, 257, "kernel", kernels) for kernels in ("triton", "reference"))
-    assert one.reading == Reading("kernel", "triton")
+    assert one.backend == Backend("kernel", "triton")
     packed: list[str] = []
     encode = pick.encode
     monkeypatch.setattr(pick, "encode", lambda *args: (packed.append(args[-1]), encode(*args))[1])

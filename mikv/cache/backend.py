@@ -1,7 +1,7 @@
 """How a compressed cache is read, decided once for a run: as a dense copy, unpacked at each step, or by the kernels.
 
 What the kernels compute is rounded otherwise than what torch computes from a dense copy, so a run that uses them has another
-identity (`Reading.protocol`).
+identity (`Backend.protocol`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ from typing import NamedTuple
 import torch
 
 from mikv.kernels import pick
+from mikv.kernels.segments import PACKED_BITS
 from mikv.options import IMPLEMENTATIONS, READERS, check_choice
+from mikv.policy import Policy
+from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.exact import Exact
+from mikv.quant.tier import Tier
+from mikv.quant.transforms.balance import Balance
+from mikv.quant.transforms.rotate import Rotate
 
 
-class Reading(NamedTuple):
+class Backend(NamedTuple):
     """reader: one of mikv.options.READERS, see mikv.cache.compressed. attention: which kernels read, `reference` or `triton`,
     None = torch's faster variant for CPUs; only where reader is `kernel`."""
 
@@ -27,15 +34,32 @@ class Reading(NamedTuple):
         """Who quantizes and packs (the bits are the same), and sums up the attention of a prompt: `reference` or `triton`."""
         return "triton" if self.attention == "triton" else "reference"
 
+    def reader_of(self, policy: Policy) -> str:
+        """The reader that serves a policy: what the kernels can't read is unpacked at each step."""
+        if self.reader != "kernel" or all(_served(tier, self.attention) for tier in policy.tiers if not tier.evicted):
+            return self.reader
+        return "packed"
+
     @property
     def protocol(self) -> dict[str, str]:
         """What of it changes an outcome, for a run's identity."""
         return {"attention": self.attention or "cpu"} if self.reader == "kernel" else {}
 
 
+def _served(tier: Tier, implementation: str | None) -> bool:
+    """Whether the kernels read a tier: codes that they know, in groups of one size, behind transforms that can be folded."""
+    codes = [chain.code for chain in (tier.key, tier.value)]
+    affine = [code for code in codes if isinstance(code, Affine)]
+    if any(code.bits not in PACKED_BITS for code in affine) or len(affine) + sum(isinstance(c, Exact) for c in codes) < 2:
+        return False
+    groups = {code.group for code in affine}
+    folded = {type(step) for step in tier.key.transforms}
+    return len(groups) < 2 and (implementation != "triton" or (folded <= {Balance, Rotate} and not tier.value.transforms))
+
+
 def decide(
     reader: str | None, attention: str | None, device: torch.device, dtype: torch.dtype, head_dim: Callable[[], int]
-) -> Reading:
+) -> Backend:
     """What was asked for, completed.
 
     Args:
@@ -57,7 +81,7 @@ def decide(
             raise ValueError(
                 f"attention={attention} says which kernels read the cache, reader={reader} uses none; choose reader=kernel"
             )
-        return Reading(reader)
+        return Backend(reader)
     if attention == "triton":
         if dtype == torch.float32:
             raise ValueError("attention=triton takes FP16 and BF16; choose model.dtype=bfloat16 or attention=reference")
@@ -66,7 +90,7 @@ def decide(
     if attention is None and served and pick.picked(device, None, head_dim()) == "triton":
         attention = "triton"
     if reader is None and attention is None:
-        return Reading()
+        return Backend()
     if attention is None and device.type != "cpu":
         attention = "reference"
-    return Reading("kernel", attention)
+    return Backend("kernel", attention)
