@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 # Okabe and Ito's palette, safe for colour-blind readers.
 _STYLE = {
     "full": ("#000000", "*"),
@@ -12,12 +14,21 @@ _STYLE = {
     "random": ("#999999", "v"),
     "recent_only": ("#CC79A7", "P"),
 }
-_OTHER = ("#56B4E9", "X")
+# Of all others, by a number that their name gives: the same in every figure, though now and then two share one.
+_OTHERS = [
+    ("#56B4E9", "X"),
+    ("#8C564B", "p"),
+    ("#7B3294", "<"),
+    ("#808000", ">"),
+    ("#1F3A93", "h"),
+    ("#17BECF", "d"),
+    ("#B22222", "8"),
+]
 
 
 def look(policy: str) -> tuple[str, str]:
     """Colour and matplotlib's marker of a policy, by its name."""
-    return _STYLE.get(policy, _OTHER)
+    return _STYLE.get(policy) or _OTHERS[zlib.crc32(policy.encode()) % len(_OTHERS)]
 
 
 def literal(name: str) -> str:

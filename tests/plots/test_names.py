@@ -14,6 +14,7 @@ from conftest import ROOT
 from matplotlib.text import Text
 
 from mikv.plots import curve_figure, curve_grid, risk_grid, save_depth_maps
+from mikv.plots.style import look
 from mikv.results import read_results
 
 NAME = r"$\frac$ [bold]<b>"
@@ -24,6 +25,13 @@ def drawn(figure: Any) -> str:
     figure.canvas.draw()
     texts = [text._preprocess_math(text.get_text()) for text in figure.findobj(Text)]
     return "\n".join(text for text, formula in texts if not formula)
+
+
+def test_policies_that_the_project_does_not_know_look_different_from_each_other() -> None:
+    """Within one figure of strangers, and from those that it knows."""
+    looks = {look(name) for name in ("mikv", "h2o", "kivi", "snapkv", "pyramid", "ladder")}
+    assert len(looks) == 6
+    assert look("kivi") == look("kivi")
 
 
 def test_a_curve() -> None:
