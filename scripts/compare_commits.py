@@ -3,6 +3,7 @@
     python scripts/compare_commits.py COMMIT                 the panels and prompts of the reference runs, a few each
     python scripts/compare_commits.py COMMIT --limit 100     as many as there
     python scripts/compare_commits.py COMMIT --tiny          the tiny random model: seconds instead of minutes
+    python scripts/compare_commits.py COMMIT --speed 2       scripts/bench_curve.py of both, in turns, twice
 
 Each side runs in a process of its own, from its own code (the commit's from a worktree that goes away again), on the same
 machine and number of threads. Compared are all fields of all rows (answers, log-probabilities, tiers, bytes by part, kept
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("commit", help="what to compare with: any name that git knows")
     parser.add_argument("--limit", type=int, help="samples of each run; default: a few")
     parser.add_argument("--tiny", action="store_true", help="the tiny random model only")
+    parser.add_argument("--speed", type=int, metavar="TURNS", help="compare times instead of outcomes")
     parser.add_argument("--only", nargs="*", help="some of the runs", choices=[*RUNS, *TINY])
     chosen = parser.parse_args(arguments)
     runs = {name: run for name, run in (TINY if chosen.tiny else RUNS).items() if not chosen.only or name in chosen.only}
@@ -58,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other = Path(folder) / "worktree"
         _git("worktree", "add", "--detach", str(other), chosen.commit)
         try:
+            if chosen.speed:
+                return _compare_times(other, chosen.speed)
             for name, (overrides, few) in runs.items():
                 limit = f"task.limit={chosen.limit or few}"
                 sides = [
@@ -75,6 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _git("worktree", "remove", "--force", str(other))
     print("nothing differs" if not unlike else f"{unlike} differences")
     return int(unlike > 0)
+
+
+def _compare_times(other: Path, turns: int) -> int:
+    """Medians of what bench_curve.py prints, by line, and theirs over ours."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for _ in range(turns):
+        for side, code in (("theirs", other), ("ours", ROOT)):
+            command = [sys.executable, "scripts/bench_curve.py", "--samples", "4"]
+            printed = subprocess.run(command, cwd=code, capture_output=True, text=True, check=True).stdout
+            for line in printed.splitlines():
+                if found := re.match(r"(\D.*?)  +([\d.]+) s\b", line):
+                    name = re.sub(r"\d+", "N", found[1])
+                    times.setdefault(name, {"theirs": [], "ours": []})[side].append(float(found[2]))
+    for name, of in times.items():
+        theirs, ours = (statistics.median(of[side]) for side in ("theirs", "ours"))
+        print(f"{name:45s} {theirs:7.2f} s -> {ours:7.2f} s   {theirs / ours:.2f}x as fast")
+    return 0
 
 
 def differences(theirs: Sequence[Row], ours: Sequence[Row]) -> Iterator[str]:
