@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mikv.budget import exact
 from mikv.policy import Policy
+from mikv.tensors import ranks
 
 PADDING = -1  # tier index of a column that holds no token
 
@@ -63,29 +64,20 @@ def assign(policy: Policy, scores: Tensor | None, positions: Tensor, seen: Tenso
     """
     seen = seen[None, :, None, None]
     assigned = torch.where(positions >= 0, len(policy.tiers) - 1, PADDING)
-    taken = torch.zeros_like(quotas[0]) if len(quotas) else None
+    taken = torch.zeros(positions.shape[:3], dtype=torch.int64, device=positions.device)
     for tier, quota in enumerate(quotas):
-        assert taken is not None
         value = priority(policy, tier, scores, positions, seen, quotas[0][..., None])
         value = value.masked_fill((assigned >= 0) & (assigned < tier), -torch.inf)
         value = value.masked_fill(passes(policy, tier, positions, seen), -torch.inf)
-        here = (_rank(value) < (quota - taken)[..., None]) & (value > -torch.inf)
+        here = (ranks(value) < (quota - taken)[..., None]) & (value > -torch.inf)
         assigned = torch.where(here, tier, assigned)
         taken = taken + here.sum(dim=-1)
     last = len(policy.tiers) - 1
     if policy.tiers[last].block > 1:  # what does not fill a block stays above, the best of it
         value = priority(policy, last, scores, positions, seen, quotas[0][..., None]).masked_fill(assigned != last, -torch.inf)
         over = (assigned == last).sum(dim=-1, keepdim=True) % policy.tiers[last].block
-        assigned = torch.where(_rank(value) < over, last - 1, assigned)
+        assigned = torch.where(ranks(value) < over, last - 1, assigned)
     return assigned.to(torch.int8)
-
-
-def _rank(value: Tensor) -> Tensor:
-    """Of each along the last dimension: 0 = the highest; ties go to the later one, as in decoding."""
-    # flipped, so that the stable sort meets the later one first
-    order = value.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks).flip(-1)
 
 
 def lowest(value: Tensor, positions: Tensor, count: int) -> Tensor:

@@ -195,24 +195,20 @@ class AcrossHeads:
     def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
         import torch
 
+        from mikv.tensors import ranks
+
         if scores is None:
             raise ValueError("budget: heads share by scores, and this policy has no importance")
         real = context.positions >= 0
         value = scores.double().masked_fill(context.protected, torch.inf).masked_fill(~real, -torch.inf)
-        rank = torch.empty_like(context.positions)
-        order = value.argsort(dim=-1, descending=True, stable=True)
-        rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-        heads, tokens = value.shape[2:]
+        rank, (heads, tokens) = ranks(value), value.shape[2:]
         each = self.budget.quotas(scores, context).expand(-1, value.shape[0], -1, heads).to(value.device)
         each = each.minimum(real.sum(dim=-1))
         kept = exact(self.least)
         found = []
         for quota in each:  # of a tier: few
             sure = rank < (quota * kept.numerator // kept.denominator)[..., None]
-            flat = value.masked_fill(sure, torch.inf).flatten(2)
-            place = torch.empty_like(flat, dtype=torch.long)
-            order = flat.argsort(dim=-1, descending=True, stable=True)
-            place.scatter_(-1, order, torch.arange(heads * tokens, device=order.device).expand_as(order))
+            place = ranks(value.masked_fill(sure, torch.inf).flatten(2))
             found.append((place < quota.sum(dim=-1, keepdim=True)).unflatten(-1, (heads, tokens)).sum(dim=-1))
         return torch.stack(found).cpu()
 

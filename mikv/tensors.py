@@ -38,3 +38,11 @@ def layer_chunks(shape: torch.Size, elements: int = 2**20) -> list[slice]:
     per_layer = max(1, shape[1:].numel())
     step = max(1, elements // per_layer)
     return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def ranks(value: Tensor) -> Tensor:
+    """Of each along the last dimension: 0 = the highest, int64; ties go to the later one."""
+    # flipped, so that the stable sort meets the later one first
+    order = value.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places).flip(-1)

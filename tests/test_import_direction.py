@@ -31,9 +31,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.scoring": (),
     "mikv.importance": ("mikv.types", "mikv.randomness", "mikv.importance"),
     "mikv.kernels": ("mikv.types", "mikv.options", "mikv.quant", "mikv.kernels"),
-    "mikv.budget": ("mikv.options", "mikv.importance"),
+    "mikv.budget": ("mikv.options", "mikv.importance", "mikv.tensors"),
     "mikv.policy": ("mikv.types", "mikv.options", "mikv.identity", "mikv.quant", "mikv.importance", "mikv.budget"),
-    "mikv.assignment": ("mikv.policy", "mikv.budget"),
+    "mikv.assignment": ("mikv.policy", "mikv.budget", "mikv.tensors"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.budget"),
     "mikv.attention": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention"),
     "mikv.cache": (

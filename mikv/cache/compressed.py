@@ -227,7 +227,7 @@ class _Bank:
     ) -> None:
         self.layers = bank.layers
         self.open = False  # whether a step is under way
-        fits = Fits(state, bank, state.rope)
+        fits = Fits(state, bank)
         by_kernel = [backend.reader_of(policy) == "kernel" for policy in panel]
         self.stores = [
             # the kernels read pairs in any order; a dense copy wants each at its place

@@ -81,10 +81,10 @@ class PolicyStore:
         self._prompt_lengths = prompt_lengths
         self.seen = state.lengths.tokens.clone()
         self._steps = torch.zeros_like(self.seen)  # tokens taken in since the prompt
-        self._rope = state.rope
+        self._rope, self._output_projection = state.rope, state.output_projection
         for tier in policy.tiers:
             tier.check(state.geometry.head_dim)
-        fits = Fits(state, bank, state.rope) if fits is None else fits
+        fits = Fits(state, bank) if fits is None else fits
         stored = [tier for tier in policy.tiers if not tier.evicted]
         chains = {"keys": [tier.key for tier in stored], "values": [tier.value for tier in stored]}
         self.sides: Sides = fits.sides(chains, policy.sinks)
@@ -110,8 +110,7 @@ class PolicyStore:
             return None
         positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
         observed = None if importance.observer is None else bank.observed[importance.observer]
-        context = self._context(positions, bank.keys, bank.values)
-        return importance.score(replace(context, observed=observed, output_projection=state.output_projection))
+        return importance.score(replace(self._context(positions, bank.keys, bank.values), observed=observed))
 
     def _context(self, positions: Tensor, keys: Tensor, values: Tensor) -> Context:
         seen = self.seen.to(positions.device)[None, :, None, None]
@@ -125,6 +124,7 @@ class PolicyStore:
             protected=protected(self.policy, positions, seen),
             keys=keys,
             values=values,
+            output_projection=self._output_projection,
             token_bytes=self._costs[0],
             side_bytes=self._costs[1],
         )
@@ -151,9 +151,7 @@ class PolicyStore:
     def _build(self, index: int, bank: PrefillBank, members: Tensor, positions: Tensor, scores: Tensor | None) -> TierStore:
         count = members.sum(dim=-1).cpu()
         columns = (~members).to(torch.uint8).argsort(dim=-1, stable=True)  # members first, in order
-        block = self.policy.tiers[index].block
-        # a longest row that fills no block has columns to spare only where there are that many: other ones pad it
-        columns = columns[..., : -(-int(count.max()) // block) * block]
+        columns = columns[..., : int(count.max())]
 
         def chunks() -> Iterator[Pairs]:
             for layers in layer_chunks(bank.keys.shape):

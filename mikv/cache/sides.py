@@ -8,7 +8,6 @@ from torch import Tensor
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.quant.base import Queries, Sample, Side, Transform, Where
 from mikv.quant.chain import Chain
-from mikv.rope import Rope
 from mikv.tensors import layer_chunks
 
 Steps = tuple[str, tuple[Transform, ...]]
@@ -21,12 +20,12 @@ class Fits:
     """Fits steps to the prompts of a bank, and remembers them.
 
     Args:
-        state: the prefill; bank: one of its banks.
-        rope: of the model; None where its frequencies are not fixed.
+        state: the prefill.
+        bank: one of its banks.
     """
 
-    def __init__(self, state: PrefillState, bank: PrefillBank, rope: Rope | None) -> None:
-        self._bank, self._rope = bank, rope
+    def __init__(self, state: PrefillState, bank: PrefillBank) -> None:
+        self._bank, self._rope = bank, state.rope
         self._positions = state.lengths.positions(bank.keys.device)
         self._heads = state.geometry.query_heads // state.geometry.kv_heads
         self._known: dict[tuple[Steps, int], Side] = {}
@@ -54,10 +53,8 @@ class Fits:
         fitted = [self._side((what, transforms[: i + 1]), skip) for i in range(len(before))]
         exact, positions = self._bank.keys if what == "keys" else self._bank.values, self._positions
         if not exact.shape[3]:  # an empty prompt is one of padding: maxima of nothing are not defined
-            exact, positions = (
-                exact.new_zeros((*exact.shape[:3], 1, exact.shape[4])),
-                positions.new_full((len(positions), 1), -1),
-            )
+            exact = exact.new_zeros((*exact.shape[:3], 1, exact.shape[4]))
+            positions = positions.new_full((len(positions), 1), -1)
         real = positions >= skip
         parts: list[Side] = []
         for layers in layer_chunks(exact.shape):

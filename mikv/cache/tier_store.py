@@ -147,12 +147,11 @@ class TierStore:
         wanted = int(self.count.max()) + tokens
         if wanted <= self.slots:
             return
-        block = self.tier.block
         more = max(_MORE + self.slots // _SHARE, wanted - self.slots)
-        more = -(-more // block) * block
+        more = -(-more // self.tier.block) * self.tier.block
         for name, part in self.parts.items():
-            added = more // block if self._per_block(name) else more
-            self.parts[name] = torch.cat((part, part.new_zeros((*part.shape[:3], added, part.shape[4]))), dim=3)
+            added = part.new_zeros((*part.shape[:3], more // self._block(name), part.shape[4]))
+            self.parts[name] = torch.cat((part, added), dim=3)
 
     def exchange(self, incoming: Pairs, arriving: Tensor, leaving: Tensor, chosen: Tensor | None) -> Exchanged:
         """Some tokens come, some go, per layer and head of each row. There must be room (`reserve`).
@@ -211,9 +210,8 @@ class TierStore:
         target = torch.where(nth < number, gap, self.count.to(device)[..., None] + nth - number)
         if not bool((leaving > arriving).any()):
             return target, False
-        left = (self.count - (leaving - arriving).clamp(min=0)).to(device)[
-            ..., None
-        ]  # tokens that are left before any is added
+        # tokens that are left before any is added
+        left = (self.count - (leaving - arriving).clamp(min=0)).to(device)[..., None]
         # the gaps that nobody fills and that lie before `left`, and the tokens that lie behind it
         unfilled = torch.arange(gaps.shape[-1], device=device)
         open_gap = (unfilled < number) & (unfilled >= stays.sum(dim=-1, keepdim=True))
@@ -232,13 +230,14 @@ class TierStore:
 
     def _put(self, encoded: Parts, target: Tensor) -> None:
         for name, part in encoded.items():
-            block = self.tier.block if self._per_block(name) else 1
+            block = self._block(name)
             self.parts[name][at(self.parts[name].shape, target[..., ::block] // block)] = part
 
-    def _per_block(self, name: str) -> bool:
+    def _block(self, name: str) -> int:
+        """How many slots share one entry of a part."""
         what, _, part = name.partition(".")
         code = self._chains[what].code if what in self._chains else None
-        return code is not None and part in code.per_block
+        return code.block if code is not None and part in code.per_block else 1
 
     def _pairs(self, parts: Parts) -> Pairs:
         """Dequantized pairs [L, B, H, n, ...] of parts [L, B, H, n, *]."""
@@ -267,8 +266,8 @@ class TierStore:
         per_part: dict[str, Tensor] = {}
         tokens = self.count.sum(dim=(0, 2))
         for name, slot_bytes in self._slot_bytes():
-            kind, block = name.rpartition(".")[2], self.tier.block if self._per_block(name) else 1
-            per_part[kind] = per_part.get(kind, torch.zeros_like(tokens)) + tokens // block * slot_bytes
+            kind = name.rpartition(".")[2]
+            per_part[kind] = per_part.get(kind, torch.zeros_like(tokens)) + tokens // self._block(name) * slot_bytes
         return per_part
 
     def allocated(self) -> int:
@@ -336,4 +335,4 @@ class TierStore:
     @property
     def _shape(self) -> torch.Size:
         """[L, B, H, S, *] of some part that each slot has."""
-        return next(part.shape for name, part in self.parts.items() if not self._per_block(name))
+        return next(part.shape for name, part in self.parts.items() if self._block(name) == 1)

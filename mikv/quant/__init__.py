@@ -1,1 +1,1 @@
-"""Numbers in few bits: the quantizer, its packing, the balancer. Pure functions on tensors."""
+"""Ways to store numbers in few bits: transforms, codes, and the chains that tiers are made of. Pure functions on tensors."""

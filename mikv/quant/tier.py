@@ -55,6 +55,11 @@ class Tier:
                 f"key_bits={self.k}, value_bits={self.v}: a pair is evicted whole; a key without its value (or the "
                 "other way round) would be bytes that nothing can use"
             )
+        if self.block % min(self.key.block, self.value.block):
+            raise ValueError(
+                f"blocks of {self.key.block} keys and {self.value.block} values: tokens come in whole blocks of both, so the "
+                "one must be a multiple of the other"
+            )
         for step in self.value.transforms:
             if step.keys_only:
                 raise ValueError(f"value: {self.value}: its first steps need queries or RoPE, which values know nothing of")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -39,7 +39,10 @@ PROTECTED = Policy(  # sinks in the second tier, the last tokens in the third: b
     sinks=3, sinks_tier=1, window=5, window_tier=2,
 )  # fmt: skip
 PROMPT_ONLY = Policy("prompt", "prompt", (Tier(16), Tier(2)), Amounts((0.3,)), Noise(), window=2, every=0)
-EXTRA = {p.name: p for p in (RERANKED, BLOCKS, PROTECTED, PROMPT_ONLY)}
+TWO_BLOCKS = Policy(  # keys in blocks of 16, values in blocks of 8
+    "two_blocks", "two_blocks", (Tier(16), Tier(key="channel2/16", value="channel4/8")), Amounts((0.1,))
+)
+EXTRA = {p.name: p for p in (RERANKED, BLOCKS, PROTECTED, PROMPT_ONLY, TWO_BLOCKS)}
 
 
 class Lists:
@@ -170,6 +173,71 @@ def test_neighbours_in_time_share_a_block() -> None:
         assert count > 40
         blocks = last.positions()[layer, 0, head, :count].view(-1, 8)
         assert torch.equal(blocks, blocks.sort(dim=-1).values)
+
+
+def test_blocks_of_keys_and_of_values_may_differ() -> None:
+    """Bytes are those of each one's own blocks, and the two dense readers agree through flushes of both."""
+    logits = []
+    for reader in ("working", "packed"):
+        run = engine(reader)
+        cache = run.compress(run.prefill([tokens(50)]), [TWO_BLOCKS])
+        active = torch.ones(1, dtype=torch.bool)
+        logits.append([run.step(cache, torch.tensor([s]), torch.tensor([50 + s]), active) for s in range(40)])
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+    (store,) = cache.banks[0].stores
+    coded = int(store.tiers[1].count.sum())
+    assert coded > 0
+    sizes = {name: int(size) for name, size in store.tiers[1].nbytes().items()}
+    assert sizes["codes"] == coded * 16 * (2 + 4) // 8
+    assert sizes["scale"] == sizes["zero"] == 2 * 16 * (coded // 16 + coded // 8)
+    with pytest.raises(ValueError, match="multiple of the other"):
+        Tier(key="channel2/12", value="channel2/8")
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Keeps every context that it is shown."""
+
+    seen: list[Context] = field(default_factory=list, compare=False)
+    observer = None
+
+    def score(self, context: Context) -> torch.Tensor:
+        self.seen.append(context)
+        return torch.zeros(context.positions.shape)
+
+    def update(self, scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+def test_a_score_sees_what_it_needs() -> None:
+    """Keys and values, positions, lengths, and what a layer's output is multiplied by; of a step its token and its mass."""
+    run = engine()
+    state = run.prefill([tokens(20), tokens(12, seed=1)])
+    (bank,) = state.banks
+    score = Watching()
+    policy = Policy("w", "w", (Tier(16), Tier(2)), Amounts((0.5,)), score, sinks=2, window=3)
+    cache = run.compress(state, [policy], torch.tensor([21, 13]))
+    run.step(cache, torch.tensor([1, 2]), torch.tensor([20, 12]), torch.ones(2, dtype=torch.bool))
+    bank_of_step = cache.banks[0]
+    prompt, step = score.seen
+    assert torch.equal(prompt.keys, bank.keys)
+    assert torch.equal(prompt.values, bank.values)
+    assert prompt.prompt_lengths.tolist() == step.prompt_lengths.tolist() == [21, 13]
+    assert prompt.positions[0, 1, 0].tolist() == list(range(-8, 12))
+    assert prompt.protected[0, 1, 0].nonzero().flatten().tolist() == [8, 9, 17, 18, 19]
+    assert prompt.mass is None
+    assert torch.equal(step.keys.squeeze(3), bank_of_step.keys)
+    assert step.positions[0, :, 0, 0].tolist() == [20, 12]
+    assert step.seen.tolist() == [21, 13]
+    assert step.mass is not None
+    assert (step.mass > 0).all()
+    for context in (prompt, step):
+        assert context.output_projection is not None
+        for layer in range(2):
+            out = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(layer))
+            wanted = run.model.get_decoder().layers[layer].self_attn.o_proj(out.flatten(1))
+            got = torch.einsum("bhd,ohd->bo", out, context.output_projection(layer))
+            torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("every", [1, 7])
