@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mikv.batches import Request
 from mikv.cache.policy_store import PolicyStore
 from mikv.cache.prefill import PrefillBank, PrefillState
 from mikv.engine import Engine
+from mikv.engine.requests import Request
 from mikv.models.load import Loaded
 from mikv.policy import Policy
 from mikv.quant.tier import Tier

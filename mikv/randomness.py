@@ -5,6 +5,9 @@ Imports nothing of the project.
 
 from __future__ import annotations
 
+import zlib
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,3 +23,8 @@ def uniform(counters: Tensor) -> Tensor:
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes the shift a logical one
     x = x ^ ((x >> 31) & (2**33 - 1))
     return ((x >> 11) & (2**53 - 1)).to(torch.float64) / 2**53
+
+
+def number_of(tokens: Sequence[int]) -> int:
+    """A number that stands for a token sequence in counters."""
+    return zlib.crc32(array("q", tokens).tobytes())

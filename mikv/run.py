@@ -16,7 +16,7 @@ from mikv.options import QUESTIONS, check_choice, check_name, check_range
 from mikv.policy import Policy
 from mikv.tasks.base import Task
 from mikv.work.base import Openable, Unit, Work, task_identity
-from mikv.work.suite import open_task
+from mikv.work.generation import open_task
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mikv.metrics.combine import combine
 from mikv.metrics.summary import NAMES, circumstances, summarize
 from mikv.records import RecordError
 from mikv.work.base import Unit, Work
-from mikv.work.suite import SuiteWork
 
 Row = dict[str, Any]
 
@@ -97,27 +95,8 @@ def _summary_row(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -
         "metric": work.metric,
         "lower_is_better": work.lower_is_better,
         **summarize(rows, baseline, work.flags, scores.value, work.kind, work.lower_is_better),
-        **_parts(work, rows, baseline),
+        **work.columns(rows, list(baseline.values())),
         "scores": dict(scores.scores),
         "by_task": {name: dict(of_task) for name, of_task in scores.by_task.items()},
         **circumstances(rows),
     }
-
-
-def _parts(work: Work, rows: Sequence[Row], baseline: Mapping[str, Row]) -> Row:
-    """Of a suite: the mean of its risks with its error, and each part's own summary."""
-    if not isinstance(work, SuiteWork):
-        return {}
-    own, whole = ({name: work.rows_of(name, of) for name in work.parts} for of in (rows, list(baseline.values())))
-    full = {name: {row["sample"]: row for row in of} for name, of in whole.items()}
-    parts: dict[str, Row] = {}
-    for name, part in work.parts.items():
-        scores = part.summarize(own[name])
-        flags = tuple(dict.fromkeys((*part.flags, *work.risks[name])))
-        parts[name] = {
-            "metric": part.metric,
-            "lower_is_better": part.lower_is_better,
-            **summarize(own[name], full[name], flags, scores.value, part.kind, part.lower_is_better),
-            "scores": dict(scores.scores),
-        }
-    return {**combine(own, full, parts, work.risks), "risks": dict(work.risks), "parts": parts}

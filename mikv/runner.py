@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
-from mikv.batches import Request, Response, serve
-from mikv.engine import Engine
+from mikv.engine import Engine, Served
+from mikv.engine.requests import Response
 from mikv.models.architecture import geometry
 from mikv.models.load import Loaded, load, load_geometry
-from mikv.plots import save_curve, save_depth_maps
+from mikv.plots import save_figures
 from mikv.policy import Policy
 from mikv.records import Row, RunFolder, check_identity, read_samples, to_lines
 from mikv.run import Run
@@ -140,14 +136,17 @@ def _answer(
             def watch(share: float, before: int = finished, here: int = len(units)) -> None:
                 progress.update(before + share * here - progress.n)
 
-            for served in _serve(run, engine, units, encoded, panel, stopping, watch):
-                outcomes = work.outcomes(served.unit, served.responses)
-                rows = [
-                    _row(run, policy, served, encoded[served.unit], mine, loaded) | outcome
-                    for policy, mine, outcome in zip(panel, served.responses, outcomes, strict=True)
-                    if policy in lacking
-                ]
-                done.update((row["key"], row) for row in records.append(rows))
+            requests = {unit: encoded[unit].requests for unit in units}
+            for complete in engine.serve(requests, panel, run.batch_size, run.fidelity, watch):
+                for served in complete:
+                    outcomes = work.outcomes(served.name, served.responses)
+                    rows = [
+                        _row(run, policy, served, encoded[served.name], mine, loaded) | outcome
+                        for policy, mine, outcome in zip(panel, served.responses, outcomes, strict=True)
+                        if policy in lacking
+                    ]
+                    done.update((row["key"], row) for row in records.append(rows))
+                stopping.heed()  # between two batches, when all that is computed is recorded
             finished += len(units)
 
 
@@ -167,58 +166,15 @@ def _encode(run: Run, work: Work, units: Sequence[Unit], loaded: Loaded) -> dict
     return encoded
 
 
-@dataclass(frozen=True)
-class _ServedUnit:
-    """A unit that is done: responses by policy and request, its share of the time, and the shape of its (largest) batch:
-    prompts and policies."""
-
-    unit: Unit
-    responses: list[list[Response]]
-    seconds: dict[str, float]
-    batch: tuple[int, int]
-
-
-def _serve(
-    run: Run,
-    engine: Engine,
-    units: Sequence[Unit],
-    encoded: dict[Unit, Encoded],
-    panel: Sequence[Policy],
-    stopping: Stopping,
-    watch: Callable[[float], None],
-) -> Iterator[_ServedUnit]:
-    """Units as they get done. Between two batches, when the caller has recorded all units of the first, signals are heeded."""
-    requests: list[Request] = []
-    owner: list[Unit] = []
-    first: dict[Unit, int] = {}
-    for unit in units:
-        first[unit] = len(requests)
-        requests += encoded[unit].requests
-        owner += [unit] * len(encoded[unit].requests)
-    responses: dict[Unit, dict[int, list[Response]]] = {unit: {} for unit in units}
-    seconds: dict[Unit, Counter[str]] = {unit: Counter() for unit in units}
-    prompts: Counter[Unit] = Counter()
-    for served in serve(engine, requests, panel, run.batch_size, run.fidelity, watch):
-        for index, by_policy in served.responses.items():
-            unit = owner[index]
-            responses[unit][index - first[unit]] = by_policy
-            prompts[unit] = max(prompts[unit], served.prompts)
-            for phase, spent in dataclasses.asdict(served.seconds).items():
-                seconds[unit][phase] += spent / len(served.responses)
-            if len(responses[unit]) == len(encoded[unit].requests):
-                mine = responses.pop(unit)
-                by_policy_and_request = [[mine[i][p] for i in range(len(mine))] for p in range(len(panel))]
-                yield _ServedUnit(unit, by_policy_and_request, dict(seconds.pop(unit)), (prompts.pop(unit), len(panel)))
-        stopping.heed()
-
-
-def _row(run: Run, policy: Policy, served: _ServedUnit, encoded: Encoded, responses: Sequence[Response], loaded: Loaded) -> Row:
+def _row(
+    run: Run, policy: Policy, served: Served[Unit], encoded: Encoded, responses: Sequence[Response], loaded: Loaded
+) -> Row:
     """What every record has. Of a unit with several prompts (windows of a document), bytes and tokens in
     the cache are sums, prompt_tokens is the longest one's."""
     nbytes: Counter[str] = Counter()
     for response in responses:
         nbytes.update(response.usage.nbytes)
-    unit = served.unit
+    unit = served.name
     return {
         "key": run.key(policy, unit),
         "policy": policy.name,
@@ -244,8 +200,8 @@ def _row(run: Run, policy: Policy, served: _ServedUnit, encoded: Encoded, respon
         "peak_nbytes": _peak(loaded.model.device.type),
         "reader": run.backend.reader_of(policy),
         "attention": run.backend.attention or "torch",
-        "batch": list(served.batch),
-        "seconds": served.seconds,
+        "batch": [served.prompts, len(served.responses)],
+        "seconds": dict(served.seconds),
     }
 
 
@@ -268,7 +224,8 @@ def _show(run: Run, summary: Sequence[Row], collected: Collected) -> None:
     """Table, plots and notes."""
     folder = run.folder()
     print_table(summary)
-    for kind, file in _plots(run, summary, collected):
+    samples = {rows[0]["label"]: rows for rows in collected.rows.values()}
+    for kind, file in save_figures(folder, summary, samples):
         print(f"{kind:<8} {file}")
     print(f"records  {folder / 'samples.jsonl'}\nsummary  {folder / 'summary.jsonl'}")
     if collected.more or len(collected.rows) > len(run.panel):
@@ -279,26 +236,6 @@ def _show(run: Run, summary: Sequence[Row], collected: Collected) -> None:
     if collected.replaced:
         print(f"note: {collected.replaced} records in the folder are of samples with other content than now, and don't count")
     _print_summary(run, summary)
-
-
-def _plots(run: Run, summary: Sequence[Row], collected: Collected) -> Iterator[tuple[str, Path]]:
-    """Draw the curve and, where samples have lines and depths, their map for each policy; not where that has been done since
-    the summary was written."""
-    folder, drawings = run.folder(), [("plot", "curve.png", partial(save_curve, rows=summary))]
-    placed = {rows[0]["label"]: [row for row in rows if "lines" in row and "depth" in row] for rows in collected.rows.values()}
-    samples = placed[summary[0]["label"]]
-    if len({row["lines"] for row in samples}) > 1:
-        title = f"{run.model.name} on {run.task.name}, n = {len(samples)}"
-        drawings.append(("map", "depth.png", partial(save_depth_maps, by_policy=placed, title=title)))
-    written = (folder / "summary.jsonl").stat().st_mtime
-    for kind, name, draw in drawings:
-        file = folder / name
-        try:
-            if not file.exists() or file.stat().st_mtime < written:
-                draw(file)
-            yield kind, file
-        except OSError as error:
-            print(f"note: {file} can't be drawn ({error.strerror})")
 
 
 def _print_summary(run: Run, summary: Sequence[Row]) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
-from mikv.batches import Generating
 from mikv.config import compose
 from mikv.engine import Engine
+from mikv.engine.requests import Generating
 from mikv.models.load import load
 from mikv.policy import Policy
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mikv.batches import serve
 from mikv.config import compose, policy
 from mikv.engine import Engine
 from mikv.lm import Harness
@@ -68,8 +67,8 @@ def compare(name: str, model: str, data: Path, batch_size: int, rounds: int) -> 
 
     def panel_of(panel: Sequence[Policy], fidelity: bool) -> Callable[[], None]:
         def run_it() -> None:
-            requests = [request for unit in work.units() for request in work.encode(unit, ours).requests]
-            for _ in serve(engine, requests, panel, batch_size, fidelity):
+            requests = {unit: work.encode(unit, ours).requests for unit in work.units()}
+            for _ in engine.serve(requests, panel, batch_size, fidelity):
                 pass
 
         return run_it

@@ -18,8 +18,8 @@ import torch
 
 from mikv.attention.install import install
 from mikv.config import CONF, options_of_policy, own_folder, policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Prompt
+from mikv.engine import Engine
+from mikv.engine.requests import Decoding, Prompt
 from mikv.models.tiny import tiny_config, tiny_model
 from mikv.policy import Policy
 

@@ -12,7 +12,7 @@ from statistics import median
 
 from torch import Tensor
 
-from mikv.engine import Generation, Scores
+from mikv.engine.requests import Generation, Scores
 
 CLOSELY, ROUGHLY = 1e-3, 1.0  # logits and log-probabilities of a tiny random model are some units large
 FEW = 1 / 3  # of the rows may have a flipped code

@@ -9,8 +9,8 @@ import torch
 from conftest import NO_END, prompt
 
 from mikv.config import policy
-from mikv.decoding import Decoding
 from mikv.engine import Engine
+from mikv.engine.requests import Decoding
 from mikv.models.load import Loaded
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
 

@@ -20,8 +20,8 @@ from rounding import assert_answers_alike
 from mikv.budget import Amounts
 from mikv.cache.compressed import CompressedCache
 from mikv.config import policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Prompt
+from mikv.engine import Engine
+from mikv.engine.requests import Decoding, Prompt
 from mikv.importance.base import Observer
 from mikv.policy import Policy
 

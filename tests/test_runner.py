@@ -15,9 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mikv.batches import OutOfMemory
 from mikv.config import CONF, ConfigError, compose
-from mikv.engine import Engine
+from mikv.engine import Engine, OutOfMemory
 from mikv.records import RecordError, read_environments
 from mikv.records.tree import check
 from mikv.run import Run
@@ -363,7 +362,7 @@ def test_a_finished_run_is_shown_and_nothing_is_written(
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()}
     capsys.readouterr()
     monkeypatch.setattr("mikv.runner.RunFolder", lambda *_, **__: pytest.fail("claimed"))
-    monkeypatch.setattr("mikv.runner.save_curve", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("mikv.plots.curve.save_curve", lambda *_, **__: pytest.fail("drawn"))
     assert [row["label"] for row in execute(composed(tmp_path, "name=x"))] == ["full", "mikv 20% 16/2", "h2o 20%"]
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "x").iterdir()} == before
     said = capsys.readouterr().out
@@ -381,7 +380,7 @@ def test_a_plot_that_can_not_be_drawn_is_a_note(
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mikv.runner.save_curve", refused)
+    monkeypatch.setattr("mikv.plots.curve.save_curve", refused)
     capsys.readouterr()
     execute(composed(tmp_path, "name=x"))
     assert "curve.png can't be drawn (Permission denied)" in capsys.readouterr().out

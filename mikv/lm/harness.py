@@ -21,18 +21,16 @@ from lm_eval.api.metrics import mean, mean_stderr
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.huggingface import HFLM
 
-from mikv.batches import Response
-from mikv.engine import Generation, Scores
+from mikv.engine.requests import Fidelity, Generation, Response, Scores
 from mikv.fingerprint import fingerprint
 from mikv.lm.humaneval import HUMANEVAL
 from mikv.lm.model import EncodedInstances, PanelLM
 from mikv.lm.tasks import Catalogue, build_requests
 from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer
-from mikv.scoring import Fidelity
 from mikv.tasks.data import cluster
 from mikv.tasks.sandbox import permit
-from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+from mikv.work.base import Encoded, Row, Summary, Unit, Work, fidelity_row, unit_fidelity
 
 # Documents of each task that a subset takes; None = all.
 SUBSETS: dict[str, int | None] = {"full": None, "tiny": 2}
@@ -186,7 +184,7 @@ def save_tokenizer(spec: ModelSpec, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class HarnessWork:
+class HarnessWork(Work):
     """A Harness, opened."""
 
     flags: tuple[str, ...] = ()

@@ -21,9 +21,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mikv.batches import Generating, Request, Response, serve
-from mikv.decoding import Decoding, Sampling
-from mikv.engine import Engine, Generation, Prompt, Scores, Scoring
+from mikv.engine import Engine
+from mikv.engine.requests import Decoding, Generating, Generation, Prompt, Request, Response, Sampling, Scores, Scoring
 from mikv.models.load import Loaded
 from mikv.policy import Policy
 
@@ -243,10 +242,11 @@ class PanelLM(HFLM):
         unique = list({id(instance): instance for instance in instances}.values())
         encoded = self.encode(unique)
         responses: dict[int, Response] = {}
-        with tqdm(total=len(encoded.requests), desc=self._panel[-1].label, unit="prompt", disable=quiet) as progress:
-            for served in serve(self._engine, encoded.requests, self._panel, int(self.batch_size), fidelity=False):
-                responses |= {index: by_policy[-1] for index, by_policy in served.responses.items()}
-                progress.update(len(served.responses))
+        requests = {i: [request] for i, request in enumerate(encoded.requests)}
+        with tqdm(total=len(requests), desc=self._panel[-1].label, unit="prompt", disable=quiet) as progress:
+            for complete in self._engine.serve(requests, self._panel, int(self.batch_size), fidelity=False):
+                responses |= {served.name: served.responses[-1][0] for served in complete}
+                progress.update(len(complete))
         replies = self.replies(unique, encoded, [responses[i] for i in range(len(responses))])
         waiting = {id(instance): iter(own) for instance, own in zip(unique, replies, strict=True)}
         return [next(waiting[id(instance)]) for instance in instances]

@@ -1,13 +1,13 @@
-"""Figures of one run, from its summary and samples."""
+"""Score against size: a point per policy of one run."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mikv.plots.style import literal, look
+from mikv.plots.style import literal, look, pyplot, save
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ _PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (0.5, 5))
 def curve_figure(rows: Sequence[Row]) -> Any:
     """Score (with its 95 % interval) against the counted size of the cache, a point per policy with its label, of the summary
     of a run. The caller saves and closes it."""
-    figure, ax = _pyplot().subplots(figsize=(8, 5), dpi=150)
+    figure, ax = pyplot().subplots(figsize=(8, 5), dpi=150)
     ax.set_title(literal(f"{rows[0]['model']} on {rows[0]['task']}, n = {rows[0]['n']}"), fontsize=10)
     if rows[0]["metric"] == "kl" and any(row["value"] > 0 for row in rows):
         # a divergence spans orders of magnitude; the full cache's own is 0 and has no place there
@@ -103,64 +103,6 @@ def collisions(texts: Sequence[Any], points: Sequence[Any]) -> int:
     return pairs + sum(bool(box.contains(*point)) for box in boxes for point in points)
 
 
-def save_curve(file: Path, rows: Sequence[Row]) -> Path:
+def save_curve(file: Path, rows: Sequence[Row]) -> None:
     """Draw `curve_figure` into a PNG."""
-    return _save(curve_figure(rows), file)
-
-
-def depth_map(ax: Any, samples: Sequence[Row]) -> Any:
-    """Mean score by the number of lines in the context and the depth of the line that is asked for (0 = first, 1 = last),
-    of one policy's samples; each cell says its value. Returns the image, for a colour bar."""
-    lines = sorted({row["lines"] for row in samples})
-    depths = sorted({_bin(row["depth"]) for row in samples})
-    cells = [[[row["score"] for row in samples if (row["lines"], _bin(row["depth"])) == (n, d)] for n in lines] for d in depths]
-    means = [[sum(cell) / len(cell) if cell else float("nan") for cell in row] for row in cells]
-    image = ax.imshow(means, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(means):
-        for x, mean in enumerate(row):
-            if mean == mean:  # not NaN
-                ax.text(x, y, f"{mean:.2f}", ha="center", va="center", fontsize=7, color="white" if mean < 0.6 else "black")
-    ax.set_xticks(range(len(lines)), [str(n) for n in lines])
-    ax.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
-    return image
-
-
-def _bin(depth: float) -> float:
-    """The nearest of five depths: the line in the middle of 20 stands at 0.47 or 0.53."""
-    return round(4 * depth) / 4
-
-
-def save_depth_maps(file: Path, by_policy: Mapping[str, Sequence[Row]], title: str) -> Path:
-    """Draw a `depth_map` for each policy (by label) into one PNG, all on the same scale of colours."""
-    columns = min(4, len(by_policy))
-    lines = -(-len(by_policy) // columns)
-    figure, axes = _pyplot().subplots(
-        lines, columns, figsize=(1.6 + 2.8 * columns, 0.9 + 2.2 * lines), dpi=150, squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for ax, (label, samples) in zip(axes.flat, by_policy.items(), strict=False):
-        image = depth_map(ax, samples)
-        ax.set_title(literal(label), fontsize=8)
-    for ax in axes.flat[len(by_policy) :]:
-        ax.set_visible(False)
-    figure.supxlabel("lines in the context", fontsize=9)
-    figure.supylabel("depth of the asked line (0 = first, 1 = last)", fontsize=9)
-    figure.suptitle(literal(title), fontsize=10)
-    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
-    return _save(figure, file)
-
-
-def _pyplot() -> Any:
-    """pyplot without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, file: Path) -> Path:
-    figure.savefig(file)
-    _pyplot().close(figure)
-    return file
+    save(curve_figure(rows), file)

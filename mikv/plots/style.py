@@ -1,8 +1,10 @@
-"""One colour and marker a policy, the same in every figure, and in the report; names are drawn as they are."""
+"""What all figures share: one colour and marker a policy, in the report too; names drawn as they are; files."""
 
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
+from typing import Any
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 _STYLE = {
@@ -34,3 +36,19 @@ def look(policy: str) -> tuple[str, str]:
 def literal(name: str) -> str:
     """A name for matplotlib, which would read what stands between two dollar signs as a formula, and stop at a wrong one."""
     return name.replace("$", r"\$")
+
+
+def pyplot() -> Any:
+    """pyplot without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure and close it."""
+    figure.savefig(file)
+    pyplot().close(figure)

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from mikv.batches import Request, Response
-from mikv.engine import Generation, Scores
+from mikv.engine.requests import Fidelity, Generation, Request, Response, Scores
 from mikv.fingerprint import content_fingerprint
 from mikv.identity import identity_of
 from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec
-from mikv.scoring import Fidelity
 from mikv.tasks.base import Task
 
 Row = dict[str, Any]
@@ -61,7 +59,7 @@ class Summary:
 
 
 class Work(Protocol):
-    """A task, opened: its samples are known, its data are there."""
+    """A task, opened: its samples are known, its data are there. To be inherited from."""
 
     metric: str
     """Name of the metric that decides: higher is better unless `lower_is_better`."""
@@ -87,6 +85,10 @@ class Work(Protocol):
     def summarize(self, rows: Sequence[Row]) -> Summary:
         """From the rows of one policy, as `outcomes` made them or as they were read from the records."""
         ...
+
+    def columns(self, rows: Sequence[Row], baseline: Sequence[Row]) -> Row:
+        """What a policy's summary says besides, from its rows and the full cache's; of most tasks nothing."""
+        return {}
 
 
 @runtime_checkable

@@ -12,12 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from mikv.batches import Response
-from mikv.engine import Prompt, Scores, Scoring
+from mikv.engine.requests import Prompt, Response, Scores, Scoring
 from mikv.fingerprint import content_fingerprint
 from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer
-from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+from mikv.work.base import Encoded, Row, Summary, Unit, Work, fidelity_row, unit_fidelity
 
 # The United States' Declaration of Independence and Constitution: public domain.
 DEFAULT_TEXT = Path(__file__).parent.parent / "texts" / "founding_documents.txt"
@@ -79,7 +78,7 @@ class TextFidelity:
         return TextWork(self, windows[:limit])
 
 
-class TextWork:
+class TextWork(Work):
     """A TextFidelity, opened. windows: token ids, context and tail."""
 
     metric = "kl"

@@ -1,4 +1,4 @@
-"""Generation tasks of this project as work: render the conversation, split it at the question, judge the answer."""
+"""Tasks as work; those that only generate: render the conversation, split it at the question, judge the answer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from mikv.batches import Generating, Response
-from mikv.decoding import Decoding
-from mikv.engine import Generation, Prompt
+from mikv.engine.requests import Decoding, Generating, Generation, Prompt, Response
 from mikv.fingerprint import fingerprint
 from mikv.identity import identity_of
 from mikv.metrics.summary import Kind
-from mikv.models.load import Loaded
+from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Sample, Task
 from mikv.tasks.prompting import encode
-from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+from mikv.work.base import Encoded, Openable, Row, Summary, Unit, Work, fidelity_row, unit_fidelity
 
 
-class GenerationWork:
+class GenerationWork(Work):
     """Args: task; its first `limit` samples of `seed`; question, see mikv.engine."""
 
     lower_is_better = False
@@ -71,6 +69,13 @@ class GenerationWork:
     def summarize(self, rows: Sequence[Row]) -> Summary:
         value = fmean(row["score"] for row in rows)
         return Summary(value, {self.metric: value}, {})
+
+
+def open_task(task: Task | Openable, spec: ModelSpec, limit: int | None, seed: int, question: str) -> Work:
+    """Find the task's data and make its units. Raises ValueError, OSError, DataUnavailable."""
+    if isinstance(task, Openable):
+        return task.open(spec, limit, seed, question)
+    return GenerationWork(task, limit, seed, question)
 
 
 def _asked(sample: Sample) -> str:

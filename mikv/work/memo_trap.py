@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
 
-from mikv.batches import Response
-from mikv.engine import Prompt, Scores, Scoring
+from mikv.engine.requests import Prompt, Response, Scores, Scoring
 from mikv.fingerprint import fingerprint
 from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.data import Row as DataRow
 from mikv.tasks.data import Source, draw
-from mikv.work.base import Encoded, Row, Summary, Unit, fidelity_row, unit_fidelity
+from mikv.work.base import Encoded, Row, Summary, Unit, Work, fidelity_row, unit_fidelity
 
 _FILES = {"ending": ("1-proverb-ending", 860), "translation": ("2-proverb-translation", 843)}
 SOURCES = {
@@ -65,7 +64,7 @@ class MemoTrap:
         return MemoTrapWork(dict(draw(rows, limit, seed, f"{self.name} {self.part}")))
 
 
-class MemoTrapWork:
+class MemoTrapWork(Work):
     """A MemoTrap, opened. rows: by number."""
 
     metric = "accuracy"

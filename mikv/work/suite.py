@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from mikv.batches import Response
+from mikv.engine.requests import Response
 from mikv.fingerprint import fingerprint
-from mikv.metrics.summary import WRONG, Kind, part_rows
+from mikv.metrics.combine import combine
+from mikv.metrics.summary import WRONG, Kind, part_rows, summarize
 from mikv.models.load import Loaded, ModelSpec
 from mikv.tasks.base import Task
 from mikv.tasks.data import DataUnavailable
 from mikv.work.base import Encoded, Openable, Row, Summary, Unit, Work, task_identity
-from mikv.work.generation import GenerationWork
+from mikv.work.generation import open_task
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,7 @@ class Suite:
         return replace(task, data_dir=self.data_dir)
 
 
-def open_task(task: Task | Openable, spec: ModelSpec, limit: int | None, seed: int, question: str) -> Work:
-    """Find the task's data and make its units. Raises ValueError, OSError, DataUnavailable."""
-    if isinstance(task, Openable):
-        return task.open(spec, limit, seed, question)
-    return GenerationWork(task, limit, seed, question)
-
-
-class SuiteWork:
+class SuiteWork(Work):
     """A Suite, opened. identities: a hash of each part's task."""
 
     metric = "risk"
@@ -108,6 +102,22 @@ class SuiteWork:
     def outcomes(self, unit: Unit, responses: Sequence[Sequence[Response]]) -> list[Row]:
         name, inner = self._inner[unit]
         return self.parts[name].outcomes(inner, responses)
+
+    def columns(self, rows: Sequence[Row], baseline: Sequence[Row]) -> Row:
+        """The mean of the suite's risks with its error, and each part's own summary."""
+        own, whole = ({name: self.rows_of(name, of) for name in self.parts} for of in (rows, baseline))
+        full = {name: {row["sample"]: row for row in of} for name, of in whole.items()}
+        parts: dict[str, Row] = {}
+        for name, part in self.parts.items():
+            scores = part.summarize(own[name])
+            flags = tuple(dict.fromkeys((*part.flags, *self.risks[name])))
+            parts[name] = {
+                "metric": part.metric,
+                "lower_is_better": part.lower_is_better,
+                **summarize(own[name], full[name], flags, scores.value, part.kind, part.lower_is_better),
+                "scores": dict(scores.scores),
+            }
+        return {**combine(own, full, parts, self.risks), "risks": dict(self.risks), "parts": parts}
 
     def rows_of(self, part: str, rows: Sequence[Row]) -> list[Row]:
         """The rows of a part, as it made them, with `wrong` where that is a risk."""

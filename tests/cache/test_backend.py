@@ -10,7 +10,8 @@ from conftest import NO_END, POLICIES, Decoding, engine, model, policy, prompt, 
 
 from mikv.cache.backend import Backend, decide
 from mikv.cache.reindex import gone_after_columns, gone_after_slots
-from mikv.engine import Engine, Scoring
+from mikv.engine import Engine
+from mikv.engine.requests import Scoring
 from mikv.importance.scores import ColumnSums
 from mikv.kernels import pick
 from mikv.types import Geometry, Lengths

@@ -11,7 +11,7 @@ from saved_models import save
 
 from mikv.cache.fit import TOKENS, counted_size, largest_share
 from mikv.config import ConfigError, compose, policy
-from mikv.decoding import Decoding
+from mikv.engine.requests import Decoding
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from conftest import POLICIES, Decoding, engine, model, policy, tokens
 
 from mikv.cache.compressed import CompressedCache
-from mikv.engine import Prompt
+from mikv.engine.requests import Prompt
 from mikv.importance.base import Observer
 from mikv.policy import Policy
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import NO_END, model, policy
 
-from mikv import engine as engine_module
-from mikv.engine import Engine
+from mikv.engine import Engine, prefill
 from mikv.kernels import decode_launch, verify
 from mikv.kernels.segments import Attention
 
@@ -39,7 +38,7 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, broken: str)
 def test_an_engine_asks_about_what_its_panel_stores(monkeypatch: pytest.MonkeyPatch, attention: str) -> None:
     """Whoever serves a panel, a run or lm-eval's interface: each kind of tier once, and none where Triton does not read."""
     asked: list[object] = []
-    monkeypatch.setattr(engine_module, "verify", lambda tiers, *rest: asked.append((tiers, *rest)))
+    monkeypatch.setattr(prefill, "verify", lambda tiers, *rest: asked.append((tiers, *rest)))
     shape = {"dtype": torch.float16, "head_dim": 32, "query_heads": 4, "kv_heads": 2}
     panel = [policy("full"), policy("mikv"), policy("mikv", {"high.bits": 8}), policy("h2o")]
     engine = Engine(model(**shape), NO_END, 257, "kernel", attention)

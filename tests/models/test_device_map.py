@@ -10,10 +10,9 @@ from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from conftest import NO_END, answers, engine, prompt
 from transformers import AutoModelForCausalLM
 
-import mikv.engine
 from mikv.config import policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Scoring
+from mikv.engine import Engine, prefill
+from mikv.engine.requests import Decoding, Scoring
 from mikv.models.architecture import SUPPORTED, layer_devices
 from mikv.models.load import ModelSpec, ModelUnavailable, check_on_gpus
 from mikv.models.tiny import tiny_config, tiny_model
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 def spread_engine(monkeypatch: pytest.MonkeyPatch, places: list[int]) -> Engine:
     """An engine that believes its layers to lie on several devices; torch takes cpu:0, cpu:1 ... all for the CPU."""
     devices = [torch.device("cpu", place) for place in places]
-    monkeypatch.setattr(mikv.engine, "layer_devices", lambda _: devices)
+    monkeypatch.setattr(prefill, "layer_devices", lambda _: devices)
     return engine(layers=len(places))
 
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mikv.plots.curve import depth_map
+from mikv.plots.depth import depth_map
 
 
 def test_a_cell_is_the_mean_of_the_samples_of_its_size_and_nearest_depth() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mikv.batches import Scoring
 from mikv.config import compose
+from mikv.engine.requests import Scoring
 from mikv.models.load import ModelSpec, load
 from mikv.records import read_rows
 from mikv.runner import RunError, execute

@@ -8,8 +8,8 @@ import own_rows
 import pytest
 import torch
 
-from mikv.batches import Scoring
 from mikv.config import compose
+from mikv.engine.requests import Scoring
 from mikv.models.load import ModelSpec, load
 from mikv.records import read_rows
 from mikv.runner import execute

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from mikv.config import policy
-from mikv.decoding import Decoding, Sampling, choose, penalized
-from mikv.engine import Engine, Prompt
+from mikv.engine import Engine
+from mikv.engine.generate import choose, penalized
+from mikv.engine.requests import Decoding, Prompt, Sampling
 from mikv.randomness import uniform
 
 LOGITS = torch.randn((5, 300), generator=torch.Generator().manual_seed(0)) * 3

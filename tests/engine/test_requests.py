@@ -11,11 +11,26 @@ import torch
 from conftest import engine, prompt, tokens
 from memory_limit import MemoryLimit
 
-from mikv.batches import Batch, Generating, OutOfMemory, Request, plan, serve
+from mikv.cache.compressed import Usage
 from mikv.cache.policy_store import PolicyStore
 from mikv.config import policy
-from mikv.decoding import Decoding, Sampling
-from mikv.engine import Engine, Generation, Prompt, Scores, Scoring
+from mikv.engine import Engine, OutOfMemory
+from mikv.engine.requests import (
+    Batch,
+    Decoding,
+    Fidelity,
+    Generating,
+    Generation,
+    Prompt,
+    Request,
+    Response,
+    Sampling,
+    Scored,
+    Scores,
+    Scoring,
+    plan,
+)
+from mikv.policy import Policy
 
 PANEL = [policy("full"), policy("mikv")]
 
@@ -24,8 +39,22 @@ def few_shot(shared: int, suffix: int, seed: int = 0, prefix_seed: int = 9) -> P
     return Prompt([*tokens(shared, seed=prefix_seed), *tokens(suffix, seed=seed)], [7])
 
 
-def batches(requests: list[Request], size: int = 4) -> list[Batch]:
-    return list(plan(requests, size))
+def named(requests: Sequence[Request]) -> dict[int, list[Request]]:
+    """Each request under a name of its own: its place."""
+    return {i: [request] for i, request in enumerate(requests)}
+
+
+def batches(requests: Sequence[Request], size: int = 4) -> list[Batch[int]]:
+    return list(plan(named(requests), size))
+
+
+def served(
+    run: Engine, requests: Sequence[Request], batch_size: int, fidelity: bool = False, panel: Sequence[Policy] = PANEL
+) -> dict[int, list[Response]]:
+    """Responses by request and policy."""
+    complete = [one for some in run.serve(named(requests), panel, batch_size, fidelity) for one in some]
+    assert len({one.name for one in complete}) == len(complete)
+    return {one.name: [responses[0] for responses in one.responses] for one in complete}
 
 
 def test_prefixes_that_fill_no_batch_of_answers_are_not_shared() -> None:
@@ -46,15 +75,15 @@ def test_every_request_is_in_one_batch_and_kinds_do_not_mix() -> None:
     requests: list[Request] = [Generating(prompt(20 + i, seed=i), ways[i % 3]) for i in range(10)]
     requests += [Scoring(prompt(20 + i, seed=50 + i), [[1], [2, 3]]) for i in range(7)]
     planned = batches(requests)
-    owners = [owner for batch in planned for merged in batch.prompts for owner in merged.owners]
-    assert sorted(owners) == list(range(17))
+    tags = [tag for batch in planned for asked in batch.prompts for tag in asked.tags]
+    assert sorted(tags) == [(i, 0) for i in range(17)]
     for batch in planned:
         assert 1 <= len(batch.prompts) <= 4
-        for merged in batch.prompts:
-            for owner in merged.owners:
-                request = requests[owner]
+        for asked in batch.prompts:
+            for name, _ in asked.tags:
+                request = requests[name]
                 assert batch.decoding == (request.decoding if isinstance(request, Generating) else None)
-    scoring = [merged.prompt.tokens for batch in planned if batch.decoding is None for merged in batch.prompts]
+    scoring = [asked.prompt.tokens for batch in planned if batch.decoding is None for asked in batch.prompts]
     assert scoring == sorted(scoring, reverse=True)  # the longest first
 
 
@@ -66,10 +95,15 @@ def test_equal_prompts_are_one_and_equal_continuations_too() -> None:
         Scoring(Prompt(list(same.context), list(same.question)), [[4], [2, 3], [1]]),
     ]
     (batch,) = batches(requests)
-    merged = next(m for m in batch.prompts if len(m.owners) == 2)
-    assert merged.owners == [0, 2]
-    assert merged.continuations == [(1,), (2, 3), (4,)]
-    assert merged.places == [[0, 1], [2, 1, 0]]
+    asked = next(one for one in batch.prompts if len(one.tags) == 2)
+    assert asked.tags == [(0, 0), (2, 0)]
+    assert list(asked.continuations) == [(1,), (2, 3), (4,)]
+    usage = Usage(20, 20.0, 0.0, {}, 0, 0)
+    of_all = Scores([Scored(n, -float(n), False, Fidelity(0, 1, 0)) for n in (1, 2, 3)], 0.0, usage)
+    for request, wanted in ((requests[0], [1, 2]), (requests[2], [3, 2, 1])):
+        mine = asked.response_to(request, of_all)
+        assert isinstance(mine, Scores)
+        assert [scored.tokens for scored in mine.continuations] == wanted
 
 
 def test_sampled_repeats_are_prompts_of_their_own() -> None:
@@ -77,7 +111,7 @@ def test_sampled_repeats_are_prompts_of_their_own() -> None:
     sampled = Decoding(3, Sampling())
     requests: list[Request] = [Generating(Prompt(once.context, once.question, r), sampled) for r in (0, 1, 1)]
     (batch,) = batches(requests)
-    assert sorted(merged.owners for merged in batch.prompts) == [[0], [1, 2]]
+    assert sorted(asked.tags for asked in batch.prompts) == [[(0, 0)], [(1, 0), (2, 0)]]
 
 
 @pytest.mark.parametrize(
@@ -118,13 +152,12 @@ def test_a_prompt_that_is_the_others_prefix_is_served() -> None:
     requests: list[Request] = [Scoring(Prompt(long[:n], [7]), [[1], [2, 3]]) for n in (50, 51, 60, 50)]
     (batch,) = batches(requests)
     assert batch.shared == 49
-    served = list(serve(engine(), requests, PANEL, 4, fidelity=False))
-    assert sorted(i for part in served for i in part.responses) == [0, 1, 2, 3]
+    assert sorted(served(engine(), requests, 4)) == [0, 1, 2, 3]
 
 
 def test_empty_and_one_token_contexts_are_served() -> None:
     requests: list[Request] = [Scoring(Prompt(c, [7]), [[1]]) for c in ([], [5], [], [5, 6])]
-    done = {i: r for part in serve(engine(), requests, PANEL, 4, fidelity=False) for i, r in part.responses.items()}
+    done = served(engine(), requests, 4)
     assert sorted(done) == [0, 1, 2, 3]
     assert done[0] == done[2]
 
@@ -138,7 +171,7 @@ def mixed() -> list[Request]:
 
 def test_what_is_served_is_what_the_engine_says_to_each_alone() -> None:
     requests, run = mixed(), engine()
-    done = {i: r for part in serve(run, requests, PANEL, 3, fidelity=True) for i, r in part.responses.items()}
+    done = served(run, requests, 3, fidelity=True)
     assert sorted(done) == list(range(len(requests)))
     for i, request in enumerate(requests):
         if isinstance(request, Generating):
@@ -171,8 +204,7 @@ def test_out_of_memory_halves_the_batch(
         return whole(self, prompts, *rest)
 
     monkeypatch.setattr(Engine, method, narrow)
-    done = {i: r for part in serve(engine(), mixed(), PANEL, 4, fidelity=False) for i, r in part.responses.items()}
-    assert sorted(done) == list(range(len(mixed())))
+    assert sorted(served(engine(), mixed(), 4)) == list(range(len(mixed())))
     assert max(sizes) > 2
     assert "out of memory with" in capsys.readouterr().out
 
@@ -188,7 +220,7 @@ MANY = [
 def peak(requests: Sequence[Request], batch_size: int, fidelity: bool) -> int:
     """Most bytes that live at a time while these are served."""
     with MemoryLimit() as memory:
-        list(serve(engine(), requests, MANY, batch_size, fidelity))
+        served(engine(), requests, batch_size, fidelity, MANY)
     return memory.peak
 
 
@@ -200,13 +232,13 @@ def test_a_failed_attempts_memory_is_free_before_a_smaller_batch_is_tried_and_wh
     requests: list[Request] = [Generating(prompt(200, seed=i), Decoding(8)) for i in range(16)]
     # two batches of 4: the second finds memory taken that is kept for it
     with MemoryLimit(most=int(1.05 * peak(requests[:8], 4, fidelity))):
-        served = list(serve(engine(), requests, MANY, 8, fidelity))
-    assert [part.prompts for part in served] == [4, 4, 4, 4]
-    assert sorted(i for part in served for i in part.responses) == list(range(16))
+        of_batches = list(engine().serve(named(requests), MANY, 8, fidelity))
+    assert [[one.prompts for one in complete] for complete in of_batches] == [[4] * 4] * 4
+    assert sorted(one.name for complete in of_batches for one in complete) == list(range(16))
     assert capsys.readouterr().out.count("out of memory with 8 prompts at a time; going on with at most 4") == 1
 
 
-@pytest.mark.parametrize("kind", ["answers", "continuations"])
+@pytest.mark.parametrize("kind", ["answers", "continuations", "continuations after questions"])
 def test_each_row_is_held_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fidelity decodes twice, rows end early, continuations are fed in forks: what goes on takes the place of what was."""
     step, most = Engine.step, []
@@ -220,18 +252,18 @@ def test_each_row_is_held_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         return step(self, *arguments)
 
     monkeypatch.setattr(Engine, "step", counting)
-    prompts = [prompt(40, seed=i, question=1 + 3 * i if kind == "answers" else 1) for i in range(4)]
+    prompts = [prompt(40, seed=i, question=1 if kind == "continuations" else 1 + 3 * i) for i in range(4)]
     requests: list[Request] = [Generating(one, Decoding(8)) for one in prompts]
-    if kind == "continuations":
+    if kind != "answers":
         requests = [Scoring(one, [tokens(3 + i, seed=i)]) for i, one in enumerate(prompts)]
     before = rows()
-    assert list(serve(engine(), requests, PANEL, 4, fidelity=True))
+    assert served(engine(), requests, 4, fidelity=True)
     assert max(most) - before == 4 * len(PANEL)
 
 
 def test_whoever_watches_sees_the_share_that_is_done_grow_within_a_batch() -> None:
     seen: list[float] = []
-    for _ in serve(engine(), mixed(), PANEL, 16, fidelity=True, watch=seen.append):
+    for _ in engine().serve(named(mixed()), PANEL, 16, fidelity=True, watch=seen.append):
         pass
     assert seen == sorted(seen)
     assert seen[-1] == 1
@@ -245,22 +277,45 @@ def test_a_single_prompt_that_does_not_fit_says_what_to_do(monkeypatch: pytest.M
 
     monkeypatch.setattr(Engine, "score", full)
     with pytest.raises(OutOfMemory, match=r"single prompt of 20 tokens and 2 policies.*reader=packed"):
-        list(serve(engine(), [Scoring(prompt(20), [[1]])], PANEL, 4, fidelity=False))
+        served(engine(), [Scoring(prompt(20), [[1]])], 4)
 
 
 def test_no_prefix_is_kept_when_all_is_done() -> None:
     """It is as large as a prompt's exact cache."""
     run = engine()
-    served = serve(run, mixed(), PANEL, 3, fidelity=False)
-    held = [run._prefix is not None for _ in served]
+    held = [run._prefix is not None for _ in run.serve(named(mixed()), PANEL, 3, fidelity=False)]
     assert any(held)
     assert run._prefix is None
 
 
 def test_time_is_reported_with_each_batch() -> None:
-    for part in serve(engine(), mixed(), PANEL, 3, fidelity=True):
-        assert part.seconds.prefill > 0
-        assert part.seconds.decode > 0
-        generated = all(isinstance(r, Generation) for by_policy in part.responses.values() for r in by_policy)
-        assert (part.seconds.fidelity > 0) == generated
-        assert all(isinstance(r, Scores | Generation) for by_policy in part.responses.values() for r in by_policy)
+    for complete in engine().serve(named(mixed()), PANEL, 3, fidelity=True):
+        for one in complete:
+            assert one.seconds["prefill"] > 0
+            assert one.seconds["decode"] > 0
+            kinds = {type(response) for of_policy in one.responses for response in of_policy}
+            assert kinds in ({Scores}, {Generation})
+            assert (one.seconds["fidelity"] > 0) == (kinds == {Generation})
+
+
+def test_requests_of_one_name_come_together_when_the_last_is_answered() -> None:
+    """In the order in which they were asked, though they are served longest first."""
+    run = engine()
+    requests: dict[str, list[Request]] = {
+        "a": [
+            Generating(prompt(20), Decoding(3)),
+            Scoring(prompt(33, seed=1), [[1], [2, 3]]),
+            Scoring(prompt(50, seed=2), [[4]]),
+        ],
+        "b": [Scoring(prompt(40, seed=3), [[5]])],
+    }
+    of_batches = list(run.serve(requests, PANEL, 2, fidelity=False))
+    assert [[one.name for one in complete] for complete in of_batches] == [[], ["b"], ["a"]]
+    (b,), (a,) = of_batches[1:]
+    assert [(type(one), len(a.responses)) for one in a.responses[0]] == [(Generation, 2), (Scores, 2), (Scores, 2)]
+    assert [len(one.continuations) for one in a.responses[1] if isinstance(one, Scores)] == [2, 1]
+    assert (a.prompts, b.prompts) == (2, 2)
+    alone = run.score([requests["a"][2]], PANEL)
+    for mine, (other,) in zip((of_policy[2] for of_policy in a.responses), alone, strict=True):
+        assert mine.usage == other.usage
+    assert a.seconds["prefill"] > b.seconds["prefill"] > 0

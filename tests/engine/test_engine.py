@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mikv.cache import prefill
 from mikv.config import policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Prompt
+from mikv.engine import Engine
+from mikv.engine.requests import Decoding, Prompt
 from mikv.importance.scores import ColumnSums
 from mikv.quant.transforms.balance import Balance
 

@@ -11,8 +11,8 @@ from conftest import POLICIES, engine, model, prompt, tokens
 from rounding import assert_scores_alike
 
 from mikv.config import policy
-from mikv.decoding import Decoding
-from mikv.engine import Engine, Prompt, Scoring
+from mikv.engine import Engine
+from mikv.engine.requests import Decoding, Prompt, Scoring
 from mikv.policy import Policy
 
 PANEL = [policy("full"), policy("mikv"), policy("h2o"), policy("uniform", {"tier.bits": 2}), policy("streaming_llm")]
