@@ -1,4 +1,4 @@
-"""Uniform quantization (round-to-nearest): every pair at the same bits, whoever it is.
+"""Uniform quantization (round-to-nearest): every pair at the same bits.
 
 The paper's RTN baseline: the same quantizer and group as MiKV (which it equals at keep = 0). With `balance` it also has
 MiKV's channel balancer, and is then the rival that must be beaten at equal bytes.

@@ -1,4 +1,4 @@
-"""Which token goes into which tier of a policy: ranking, the assignment of a prompt, and who leaves a tier."""
+"""Which token goes into which tier of a policy: ranking, the assignment of a prompt, and the tokens that leave a tier."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ StreamingLLM, uniform quantization and MiKV are all instances of this one class;
 byte counter never ask which one they serve.
 
 Tiers are ordered from best to worst. The budget says how many tokens each tier but the last holds; the last takes the rest.
-Who gets the better tiers: protected tokens (the first `sinks`, the last `window`), then the most recent ones (`recent` = their
-part of the first tier's budget), then the highest scores. Tiers only go down: a token that has left a tier never comes back.
-Who ranks and assigns tokens by it: mikv/assignment.py.
+Order of precedence for the better tiers: protected tokens (the first `sinks`, the last `window`), then the most recent ones
+(`recent` = their part of the first tier's budget), then the highest scores. Tiers only go down: a token that has left a tier
+never comes back.
+The ranking and the assignment: mikv/assignment.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What runs left behind, for those who look at it: the report, the tracker, the notebooks. Read-only."""
+"""Reading of runs' folders, for the report, the tracker and the notebooks. Writes nothing."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _told = False
 class Stopped(BaseException):
     """The run was told to stop. Its records are complete so far.
 
-    Like KeyboardInterrupt it is no Exception: who catches whatever may fail does not mean it.
+    Like KeyboardInterrupt it is no Exception: `except Exception` does not catch it.
     """
 
     def __init__(self, number: int, when: str = "") -> None:
@@ -38,7 +38,7 @@ class Stopped(BaseException):
 class Stopping:
     """Use as a context manager around work that looks at `heed` between its batches.
 
-    On leaving, whoever handled the signal that came before is called: submitit's handler then requeues the job and ends the
+    On leaving, the handler that the signal had before is called: submitit's handler then requeues the job and ends the
     process, a sweep in this process does not begin its next job. A second signal does not wait any more (Slurm sends SIGTERM
     when the limit is reached, and SIGKILL soon after). What was ignored on entry (SIGHUP under nohup) stays ignored.
     """
@@ -98,7 +98,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Let `handler` have the signals that are not ignored. Returns who had them before."""
+    """Let `handler` have the signals that are not ignored. Returns the handlers that they had before."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         return {}
     heeded = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

@@ -72,14 +72,14 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     by_label: dict[str, list[Row]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
-    twins = {row["sample"]: row for row in rows if row["policy"] == "full"}
+    full = {row["sample"]: row for row in rows if row["policy"] == "full"}
     made = []
     for mine in by_label.values():
         value = sum(row["score"] for row in mine) / len(mine)
         made.append(
             {name: mine[0][name] for name in NAMES}
             | {"metric": metric, "lower_is_better": lower}
-            | summarize(mine, twins, ("invented",), value, kind, lower)
+            | summarize(mine, full, ("invented",), value, kind, lower)
             | {"scores": {metric: value}, "by_task": {}}
             | circumstances([{"environment": "unknown"} | row for row in mine])
         )

@@ -1,4 +1,4 @@
-"""Causal attention through torch's fused kernel: what `causal_attention` computes, where nobody watches the probabilities."""
+"""Causal attention through torch's fused kernel: what `causal_attention` computes, where no observer needs probabilities."""
 
 from __future__ import annotations
 

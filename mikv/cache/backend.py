@@ -31,7 +31,7 @@ class Backend(NamedTuple):
 
     @property
     def kernels(self) -> str:
-        """Who quantizes and packs (the bits are the same), and sums up the attention of a prompt: `reference` or `triton`."""
+        """Which code quantizes and packs (with the same bits) and sums up a prompt's attention: `reference` or `triton`."""
         return "triton" if self.attention == "triton" else "reference"
 
     def reader_of(self, policy: Policy) -> str:

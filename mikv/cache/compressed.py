@@ -108,8 +108,8 @@ class CompressedCache(Cache):
     def end_step(self, active: Tensor) -> None:
         """Call after each forward pass: the new token enters the stores, scores grow, tokens are demoted.
 
-        Whoever does not know of it (`model.generate` of transformers) need not call it: a step that was not ended is ended for
-        all rows when the next one begins, or when the cache is asked what it holds.
+        A caller that does not know of it (`model.generate` of transformers) need not call it: a step that was not
+        ended is ended for all rows when the next one begins, or when the cache is asked what it holds.
 
         active: bool [R] on the CPU; rows that have ended stay as they are.
         """
@@ -165,7 +165,7 @@ class CompressedCache(Cache):
         self._end_open_step()
         geometry = self._geometry
         per_token = geometry.layers * geometry.kv_heads * geometry.head_dim * 2 * 2  # keys and values, 2 bytes each
-        rows = []
+        usages = []
         for stores in zip(*(bank.stores for bank in self.banks), strict=True):
             nbytes: dict[str, Tensor] = {}
             for store in stores:
@@ -178,14 +178,14 @@ class CompressedCache(Cache):
             )
             for b, seen in enumerate(first.seen.tolist()):
                 sizes = {part: int(size[b]) for part, size in nbytes.items()}
-                rows.append(Usage(seen, kept[b], compressed[b], sizes, seen * per_token, allocated))
-        return rows
+                usages.append(Usage(seen, kept[b], compressed[b], sizes, seen * per_token, allocated))
+        return usages
 
     def tiers(self, begin: Tensor, end: Tensor) -> list[dict[str, float]]:
         """For each row the share of its tokens at positions begin <= p < end (int64 [R], on the CPU) by the bits of the tier
         that holds them, mean over layers and heads; "0" = evicted. Empty where there are no such tokens."""
         self._end_open_step()
-        rows: list[dict[str, float]] = []
+        tiers: list[dict[str, float]] = []
         if not end.any():
             return [{} for _ in end]
         total = ((end - begin) * self._geometry.layers * self._geometry.kv_heads).tolist()
@@ -199,8 +199,8 @@ class CompressedCache(Cache):
             for b, tokens in enumerate(total[where]):
                 shares = {bits: float(count[b]) / tokens for bits, count in held.items()} if tokens else {}
                 gone = {"0": 1 - sum(shares.values())} if shares and stores[0].policy.evicts else {}
-                rows.append(shares | gone)
-        return rows
+                tiers.append(shares | gone)
+        return tiers
 
     def _end_open_step(self) -> None:
         for bank in self.banks:
@@ -214,7 +214,7 @@ def _per_head(total: Tensor, geometry: Geometry) -> list[float]:
 
 
 class _Bank:
-    """The layers of one device: their stores, who reads them, and the pair of the step that is under way."""
+    """The layers of one device: their stores, their readers, and the pair of the step that is under way."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class _Bank:
         self.keys[layer], self.values[layer] = keys, values
 
     def end_open_step(self) -> None:
-        """End a step that nobody has ended, for all rows."""
+        """End a step that has not been ended, for all rows."""
         if self.open:
             self.end_step(torch.ones(self.keys.shape[1], dtype=torch.bool))
 

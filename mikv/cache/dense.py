@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
 def dense_readers(
     stores: Sequence[PolicyStore], prompts: Prompts, working: bool, memory: Memory, rope: Rope | None
 ) -> list[DenseReader]:
-    """Who reads which store of a panel, see DenseReader for the rest."""
+    """A reader for each kind of store in a panel; arguments as of DenseReader."""
     together: list[PolicyStore] = []
     readers: list[DenseReader] = []
     for store in stores:

@@ -5,7 +5,7 @@ enters the first tier, scores grow, and where a budget is exceeded the least imp
 A token that leaves a 16-bit tier is quantized here for the first and only time; one that leaves a quantized tier (INT8 to
 INT2) is quantized from what that tier still knows of it, at most once per tier.
 
-How many tokens move is known from lengths and the prompt's quotas, on the CPU; who moves is decided where the tensors lie.
+How many tokens move is known from lengths and the prompt's quotas, on the CPU; which ones is decided on the device.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class PolicyStore:
         bank: which of its banks.
         prompt_lengths: int64 [B], the length that budgets of the prompt are shares of.
         fits: what transforms are fitted to, shared by the policies of a panel.
-        packing: who quantizes and packs, see mikv.kernels.pick.
-        track: keep the positions of all tokens, also where the policy does not need them (a dense copy does, and who looks
+        packing: which code quantizes and packs, see mikv.kernels.pick.
+        track: keep the positions of all tokens, also where the policy does not need them (a dense copy does, and figures of
             inside).
     """
 

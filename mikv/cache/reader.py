@@ -1,4 +1,4 @@
-"""How the stores of some policies of a panel are read and stepped, whoever does the reading: what all ways share."""
+"""What all readers share: the stores of some policies of a panel, and how they are stepped."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ class TierStore:
         compute: dtype of the model.
         positions: `stored` where the policy needs them (to rank tokens, to re-index them, to undo a transform); `tracked` where
             only a dense copy does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots`
-            where they are the slots' numbers; `unknown` where nobody asks.
+            where they are the slots' numbers; `unknown` where they are not needed.
         with_scores: scores must be stored (where a token can still be demoted).
         rope: of the model; None where its frequencies are not fixed.
-        packing: who quantizes and packs, see mikv.kernels.pick.
+        packing: which code quantizes and packs, see mikv.kernels.pick.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TierStore:
         """int64 [l, B, H, S] of some layers; of unused slots whatever lies there."""
         if "positions" in self.parts:
             return self.parts["positions"][layers].squeeze(-1).long()
-        assert self._positions == "slots", "nobody asked for this tier's positions when it was made"
+        assert self._positions == "slots", "this tier was made without positions"
         shape = self._shape
         return torch.arange(shape[3], device=self.device).expand(shape[:4])[layers]
 
@@ -160,8 +160,8 @@ class TierStore:
             incoming: [L, B, H, A, ...], in the order of positions.
             arriving: int64 [L, B, H], CPU: the first so many of them count; a multiple of the tier's block.
             leaving: int64 [L, B, H], CPU: how many tokens go.
-            chosen: int64 [L, B, H, K]: who goes, the first `leaving` count: slots, and from `slots` on the incoming token
-                chosen - slots, which is not stored at all. None = nobody, anywhere.
+            chosen: int64 [L, B, H, K]: the tokens that leave, the first `leaving` count: slots, and from `slots` on the
+                incoming token chosen - slots, which is not stored at all. None = no token, in any head.
         """
         device, slots = self.device, self.slots
         index = torch.arange(incoming.positions.shape[3], device=device)
@@ -212,7 +212,7 @@ class TierStore:
             return target, False
         # tokens that are left before any is added
         left = (self.count - (leaving - arriving).clamp(min=0)).to(device)[..., None]
-        # the gaps that nobody fills and that lie before `left`, and the tokens that lie behind it
+        # the gaps that no token fills and that lie before `left`, and the tokens that lie behind it
         unfilled = torch.arange(gaps.shape[-1], device=device)
         open_gap = (unfilled < number) & (unfilled >= stays.sum(dim=-1, keepdim=True))
         tail = left + torch.arange(gaps.shape[-1], device=device)
@@ -243,7 +243,7 @@ class TierStore:
         """Dequantized pairs [L, B, H, n, ...] of parts [L, B, H, n, *]."""
         positions = parts["positions"].squeeze(-1).long() if "positions" in parts else None
         keys, values = self._decode(parts)
-        if positions is None:  # of a tier that nobody leaves: anything
+        if positions is None:  # of a tier that no token leaves: anything
             positions = torch.zeros(keys.shape[:4], dtype=torch.int64, device=self.device)
         return Pairs(keys, values, positions, parts["scores"].squeeze(-1) if self.with_scores else None)
 

@@ -43,7 +43,7 @@ from mikv.engine.requests import (
 from mikv.engine.score import score_continuations
 from mikv.policy import Policy
 
-# What share of a batch's work its phases are, roughly: for whoever watches.
+# Which share of a batch's work is done after its phases, roughly: for progress bars.
 _PREFILLED, _DECODED = 0.3, 0.7
 
 # What a machine that has run out of memory says, by device. Torch has an exception of its own for GPUs only.

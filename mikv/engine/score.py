@@ -51,8 +51,8 @@ def score_continuations(
         count.add(len(reading))
         fed = torch.tensor([prompts[b].question[step] for b in reading])
         positions = torch.tensor([len(prompts[b].context) + step for b in reading])
-        everyone = torch.ones(policies * len(reading), dtype=torch.bool)
-        logits = forward.step(cache, fed.repeat(policies), positions.repeat(policies), everyone).unflatten(0, (policies, -1))
+        active = torch.ones(policies * len(reading), dtype=torch.bool)
+        logits = forward.step(cache, fed.repeat(policies), positions.repeat(policies), active).unflatten(0, (policies, -1))
         step += 1
         read = [b for b in reading if len(prompts[b].question) == step]
         if not read:
@@ -79,7 +79,7 @@ def score_continuations(
 
 
 class _Count:
-    """How much of `total` has been begun, for whoever watches."""
+    """Reports to `watch` how much of `total` has been begun."""
 
     def __init__(self, total: int, watch: Callable[[float], None]) -> None:
         self._total, self._watch, self._done = total, watch, 0
@@ -123,7 +123,7 @@ def _feed(
         rows = _rows(policies, prompts, [starts[i][0] for i in some])
         if begin + _FORKS < len(longer):
             part = cache.fork(rows)
-        else:  # nobody asks for the others any more
+        else:  # the other rows are not needed any more
             cache.batch_select_indices(rows)
             part = cache
         positions = torch.tensor([starts[i][1] for i in some])

@@ -1,1 +1,1 @@
-"""Importance scores: who deserves the better tier."""
+"""Importance scores: which tokens get the better tier."""

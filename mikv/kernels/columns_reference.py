@@ -1,6 +1,6 @@
 """How much attention each key of a prompt receives in all: column sums of causal softmax attention, in torch, in blocks of
 queries. Given every query's log-sum-exp no row needs to be seen whole, and no T x T matrix is ever made: memory grows
-linearly with T. Fused attention returns the log-sum-exp along with its output; `log_sum_exp` makes it where nobody did.
+linearly with T. Fused attention returns the log-sum-exp along with its output; `log_sum_exp` computes it anew.
 """
 
 from __future__ import annotations

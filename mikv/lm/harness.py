@@ -53,7 +53,7 @@ class Harness:
         name: lm-eval's task, group or tag; or a name for `tasks`.
         tasks: lm-eval's names, where there are several or they differ from `name`.
         only: of groups, only these tasks (mmlu: anatomy, astronomy, ...); null = all.
-        subset: full, or tiny (the first 2 documents of each task); task.limit goes before it.
+        subset: full, or tiny (the first 2 documents of each task); task.limit takes precedence.
         num_fewshot: examples in the prompt; null = as the task says.
         data_dir: a folder with the data as JSON lines (README, "Data without the hub"); null = from the hub.
         metric: which of lm-eval's metrics decides, as `metric,filter` or `task:metric,filter`; null = the first one.

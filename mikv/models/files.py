@@ -51,7 +51,7 @@ def check_names(names: Collection[str], own_code: bool) -> None:
         raise ValueError(f"there is no config.json; wanted: {_WANTED}")
     if "adapter_config.json" in names:
         raise ValueError(
-            "it is a model and an adapter in one folder, and nobody says which is meant: move adapter_config.json and "
+            "it is a model and an adapter in one folder, and it is not clear which is meant: move adapter_config.json and "
             "adapter_model.safetensors to a folder of their own and name that as model.adapter, or delete them"
         )
     if not {WEIGHTS, INDEX} & set(names):
@@ -116,7 +116,7 @@ def _check_config(config: dict[str, Any]) -> None:
 
 
 def _parts(folder: Path) -> list[str]:
-    """Names of the weights' files, as transformers chooses them: one file goes before an index."""
+    """Names of the weights' files, as transformers chooses them: one file takes precedence over an index."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [WEIGHTS]
     named = read_object(folder / INDEX).get("weight_map")

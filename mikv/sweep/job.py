@@ -1,4 +1,4 @@
-"""A job of a sweep notes what becomes of it, for whoever asks later: exit codes and logs tell it only in part."""
+"""A job of a sweep notes its outcome in its folder: exit codes and logs tell it only in part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from mikv.stopping import Stopped
 from mikv.sweep.folder import Outcome, SweepFolder, note_outcome
 
-# submitit's handler requeues the job and then leaves so; where nobody else heeds the signal (while weights are loaded, a plot
+# submitit's handler requeues the job and then leaves so; where no other handler is installed (while weights are loaded, a plot
 # drawn) that is all there is to see of it.
 _SUBMITIT_REQUEUED = -1
 

@@ -186,7 +186,7 @@ class Slurm:
 
         overruling = sorted(name for name in os.environ if name.startswith("SBATCH_"))
         if overruling:
-            print(f"note: {', '.join(overruling)} in the environment go before the launcher's options")
+            print(f"note: {', '.join(overruling)} in the environment take precedence over the launcher's options")
         wanted = {
             "timeout_min": self.timeout_min,
             "cpus_per_task": self.cpus,

@@ -58,7 +58,7 @@ class JobProcess:
     def ended(self) -> bool:
         """Whether it has. What it left in its process group (it may have been killed) is then killed."""
         if self._process.returncode is None and self._seen.status() == psutil.STATUS_ZOMBIE:
-            self.kill()  # before it is waited for: until then nobody else can have got its number
+            self.kill()  # before it is waited for: until then its number can't be given to another process
         return self._process.returncode is not None
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ def _judge_queued(outcome: Outcome | None, submitted: Submitted, state: str | No
 
 
 def _alive(host: str, process: int) -> bool:
-    """On another host it can't be seen; then it counts as alive, and its claim on the run's folder tells who comes to write."""
+    """On another host it can't be seen; then it counts as alive, and its claim on the run's folder keeps others off."""
     if host != socket.gethostname():
         return True
     try:

@@ -66,7 +66,7 @@ class Task(Protocol):
 
 
 class Judge(Protocol):
-    """Whoever says whether an answer does what was asked for, where phrases say too little."""
+    """Decides whether an answer complies with a request, where a list of phrases is not enough."""
 
     def verdict(self, prompt: str, answer: str) -> bool | None:
         """Does the answer do what the prompt asks for? None = the judge's reply can't be read."""

@@ -97,7 +97,7 @@ def test_only_what_rounds_otherwise_is_in_the_protocol() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_kernels_answer_as_the_dense_copy(name: str, kernels: str | None) -> None:
     """Every policy, re-indexed ones too; unequal lengths, tokens that move while the answer grows. They add up in another
-    order (float32): the twin's own answers must be as probable, sum by sum."""
+    order (float32): the other reader's own answers must be as probable, sum by sum."""
     panel = [policy("full"), policy(name)]
     prompts = [prompt(61, question=2), prompt(23, seed=1, question=2)]
     decoding = Decoding(max_new_tokens=20)

@@ -117,16 +117,16 @@ def test_scores_are_those_of_decoding_step_by_step(any_policy: Policy) -> None:
             )
             for i, fed in enumerate([*asked.prompt.question, *continuation[:-1]])
         ]
-    twin, mine = logits["full"], logits[any_policy.label]
+    full, mine = logits["full"], logits[any_policy.label]
     got = run.score([asked], [policy("full"), any_policy])[1][0].continuations[0]
     assert got.logprob == pytest.approx(sum(m[t].item() for m, t in zip(mine, continuation, strict=True)), abs=1e-3)
-    kl = [(t.exp() * (t - m)).sum().item() for t, m in zip(twin, mine, strict=True)]
+    kl = [(f.exp() * (f - m)).sum().item() for f, m in zip(full, mine, strict=True)]
     assert got.fidelity.kl == pytest.approx(sum(kl) / 5, abs=1e-4)
-    agree = [(t.argmax() == m.argmax()).item() for t, m in zip(twin, mine, strict=True)]
+    agree = [(f.argmax() == m.argmax()).item() for f, m in zip(full, mine, strict=True)]
     assert got.fidelity.agreement == pytest.approx(sum(agree) / 5)
 
 
-def test_the_twins_own_answer_is_what_fidelity_is_measured_on(any_policy: Policy) -> None:
+def test_the_full_caches_own_answer_is_what_fidelity_is_measured_on(any_policy: Policy) -> None:
     """For generation: the full cache's answer, end token included, is scored for every policy."""
     prompts, panel = [prompt(40), prompt(23, seed=1, question=4)], [policy("full"), any_policy]
     free = engine().generate(prompts, [policy("full")], Decoding(6))[0]

@@ -1,4 +1,4 @@
-"""Decode attention over packed tiers: the Triton kernels (interpreted on the CPU), the torch reference and its faster twin for
+"""Decode attention over packed tiers: the Triton kernels (interpreted on the CPU), the torch reference and its faster form for
 CPUs, each against a naive float64 attention over what is stored."""
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_committed_results_are_small_and_readable() -> None:
         pairs = list(flips(results))
         labels = [point["label"] for point in results.summary[1:]]
         lost = {
-            label: sum(mine["label"] == label and mine["score"] < twin["score"] for twin, mine in pairs) for label in labels
+            label: sum(mine["label"] == label and mine["score"] < full["score"] for full, mine in pairs) for label in labels
         }
         assert lost == {point["label"]: point["lost"] for point in results.summary[1:]}
     assert sum(file.stat().st_size for file in (RESULTS / "reference").rglob("*")) < 2_000_000
@@ -127,7 +127,7 @@ def test_kept_results_are_the_summary_the_flips_and_no_machine(tmp_path: Path) -
     assert sorted(file.name for file in kept.iterdir()) == ["environments.jsonl", "run.json", "samples.jsonl", "summary.jsonl"]
     assert (kept / "summary.jsonl").read_bytes() == (folder / "summary.jsonl").read_bytes()
     assert list(flips(read_results(kept))) == list(flips(read_results(folder)))
-    assert len(read_results(kept).samples) == 7 + 7 + 1  # h2o's seven flips with their twins, and mikv's
+    assert len(read_results(kept).samples) == 7 + 7 + 1  # h2o's seven flips with those of the full cache, and mikv's
     (environment,) = read_results(kept).environments.values()
     assert "packages" in environment
     assert not {"system", "processors"} & environment.keys()

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): the attention of the prompt's last queries, pooled over neighbours, says who stays."""
+"""SnapKV (arXiv 2404.14469): the attention of the prompt's last queries, pooled over neighbours, says which tokens stay."""
 
 from __future__ import annotations
 
