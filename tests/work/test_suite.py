@@ -59,6 +59,18 @@ def test_the_risks_are_those_of_the_parts(tmp_path: Path) -> None:
         assert {"difference", "difference_ci95", "mcnemar_p"} <= set(guarded["breach"])
 
 
+def test_each_part_is_compared_with_its_own_full_cache(tmp_path: Path) -> None:
+    """The tiny model answers nothing right; what if the compressed cache answered all of one part?"""
+    together = suite(tmp_path)
+    execute(together)
+    found = rows(together.folder())
+    baseline = [row for row in found if row["label"] == "full"]
+    mine = [row | ({"score": 1.0, "correct": True} if row["subtask"] == "open" else {}) for row in found if row not in baseline]
+    parts = together.open().columns(mine, baseline)["parts"]
+    assert (parts["open"]["difference"], parts["open"]["gained"], parts["open"]["lost"]) == (1.0, 4, 0)
+    assert (parts["guarded"]["difference"], parts["guarded"]["gained"]) == (0.0, 0)
+
+
 def test_a_changed_part_leaves_the_others_records_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = replace(suite(tmp_path), name="same")
     execute(before)
