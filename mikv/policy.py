@@ -112,6 +112,17 @@ class Policy:
         """Whether tokens may leave a tier after the prompt."""
         return self.every > 0 and tier < len(self.tiers) - 1
 
+    @property
+    def in_order(self) -> int | None:
+        """First position of the last tier, where it takes in that token and all later ones in their order; None where the order
+        is another, or not known beforehand. Then nothing need be stored to know a token's position."""
+        if self.importance is not None or self.evicts:
+            return None
+        if len(self.tiers) == 1 or not self.sinks or self.sinks_tier == len(self.tiers) - 1:
+            return 0
+        room = sum(self.budget.tokens[: self.sinks_tier + 1]) if isinstance(self.budget, Amounts) else 0
+        return self.sinks if room >= self.sinks else None  # else some of them come later, and others stay
+
     def paper_size(self, head_dim: int) -> float | None:
         """Size in per cent of the 16-bit cache by the paper's formula, from parameters alone; None where the budget is not
         shares of all tokens.

@@ -171,6 +171,7 @@ class PolicyStore:
             self._dtype,
             positions=self._positions_of(index),
             with_scores=self._ranked_by_score(index),
+            first=self.policy.in_order or 0,
             rope=self._rope,
             packing=self._packing,
         )
@@ -179,7 +180,7 @@ class PolicyStore:
         """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, re-indexing
         wants those of all, and so do transforms that turn with the position."""
         policy, tier = self.policy, self.policy.tiers[index]
-        if len(policy.tiers) == 1:
+        if index == len(policy.tiers) - 1 and policy.in_order is not None and policy.positions == "original":
             return "slots"
         if policy.leaves(index) or policy.positions == "contiguous" or tier.key.needs_positions:
             return "stored"

@@ -65,7 +65,7 @@ class TierStore:
         compute: dtype of the model.
         positions: `stored` where the policy needs them (to rank tokens, to re-index them, to undo a transform); `tracked` where
             only a dense copy does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots`
-            where they are the slots' numbers; `unknown` where they are not needed.
+            where they follow from the slots: `first` and the slot's number; `unknown` where they are not needed.
         with_scores: scores must be stored (where a token can still be demoted).
         rope: of the model; None where its frequencies are not fixed.
         packing: which code quantizes and packs, see mikv.kernels.pick.
@@ -80,11 +80,12 @@ class TierStore:
         compute: torch.dtype,
         positions: str,
         with_scores: bool,
+        first: int = 0,
         rope: Rope | None = None,
         packing: str = "reference",
     ) -> None:
         self._chains = {"keys": tier.key, "values": tier.value}
-        self._positions, self.with_scores = positions, with_scores
+        self._positions, self._first, self.with_scores = positions, first, with_scores
         self._storage, self._rope, self._packing = storage_dtype(compute), rope, packing
         self.tier, self.sides = tier, sides
         self.count = count.clone()
@@ -114,7 +115,7 @@ class TierStore:
             return self.parts["positions"][layers].squeeze(-1).long()
         assert self._positions == "slots", "this tier was made without positions"
         shape = self._shape
-        return torch.arange(shape[3], device=self.device).expand(shape[:4])[layers]
+        return torch.arange(self._first, self._first + shape[3], device=self.device).expand(shape[:4])[layers]
 
     def scores(self) -> Tensor | None:
         """float32 [L, B, H, S], or None where none are stored."""
