@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Protocol
 
-from mikv.importance.base import Context
+from mikv.importance.base import Context, Observer
 from mikv.options import check_choice
 
 if TYPE_CHECKING:  # a policy is data: it can be built and checked before torch is loaded
@@ -17,6 +17,22 @@ if TYPE_CHECKING:  # a policy is data: it can be built and checked before torch 
 
 
 class Budget(Protocol):
+    """To be inherited from."""
+
+    @property
+    def observer(self) -> Observer | None:
+        """What it wants to have been watched during prefill (`Context.observed`), or None."""
+        return None
+
+    @property
+    def whole(self) -> int:
+        """So many of the last tiers hold, of a layer and head, all tokens that leave those above them, or none."""
+        return 1
+
+    def room(self, tier: int) -> int:
+        """So many tokens have room in the tiers up to this one, whatever the length is."""
+        return 0
+
     @property
     def tiers(self) -> int | None:
         """How many tiers it is for; None = any number."""
@@ -36,7 +52,7 @@ class Budget(Protocol):
 
 
 @dataclass(frozen=True)
-class Amounts:
+class Amounts(Budget):
     """A number of tokens and a share of all tokens for each tier but the last.
 
     Args:
@@ -71,6 +87,9 @@ class Amounts:
     def tiers(self) -> int:
         return len(self.shares) + 1
 
+    def room(self, tier: int) -> int:
+        return sum(self.tokens[: tier + 1])
+
     @property
     def grows(self) -> bool:
         return self.of == "seen"
@@ -94,7 +113,7 @@ class Amounts:
 
 
 @dataclass(frozen=True)
-class Bytes:
+class Bytes(Budget):
     """As many tokens in the better of two tiers as bytes allow.
 
     Args:
@@ -136,7 +155,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class PerLayer:
+class PerLayer(Budget):
     """Another budget's quotas, times a factor for each layer.
 
     Args:
@@ -170,7 +189,7 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
-class AcrossHeads:
+class AcrossHeads(Budget):
     """A layer's heads share their quotas as their scores say (AdaKV, arXiv 2407.11550): the tokens with the highest scores of
     all heads together. Settled at the prompt.
 

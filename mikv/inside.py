@@ -42,8 +42,7 @@ def look_inside(loaded: Loaded, request: Request, policies: Sequence[Policy]) ->
     """The prompt of one request, prefilled once, under each policy."""
     engine = Engine(loaded.model, loaded.end_tokens, loaded.tokenizer.pad_token_id or 0)
     context = list(request.prompt.context)
-    watched = {p.importance.observer for p in policies if p.importance is not None and p.importance.observer is not None}
-    state = engine.prefill([context], watched)
+    state = engine.prefill([context], set().union(*(policy.observers for policy in policies)))
     texts = [loaded.tokenizer.decode([token]) for token in context]
     return [_inside(policy, state, texts) for policy in policies]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mikv.budget import EVERYTHING, Amounts, Budget, check_ratio, exact
 from mikv.identity import identity_of
-from mikv.importance.base import Importance
+from mikv.importance.base import Importance, Observer
 from mikv.options import check_choice
 from mikv.quant.tier import Tier
 
@@ -113,15 +113,22 @@ class Policy:
         return self.every > 0 and tier < len(self.tiers) - 1
 
     @property
-    def in_order(self) -> int | None:
-        """First position of the last tier, where it takes in that token and all later ones in their order; None where the order
-        is another, or not known beforehand. Then nothing need be stored to know a token's position."""
-        if self.importance is not None or self.evicts:
+    def observers(self) -> frozenset[Observer]:
+        """What must be watched during prefill."""
+        asked = (self.budget.observer, None if self.importance is None else self.importance.observer)
+        return frozenset(observer for observer in asked if observer is not None)
+
+    def in_order(self, tier: int) -> int | None:
+        """First position of a tier (of a head that has tokens in it), where it takes in that token and all later ones in their
+        order; None where the order is another, or not known beforehand. Then nothing need be stored to know a token's position.
+        """
+        first = len(self.tiers) - self.budget.whole
+        if self.importance is not None or self.evicts or tier < first:
             return None
-        if len(self.tiers) == 1 or not self.sinks or self.sinks_tier == len(self.tiers) - 1:
+        if not self.sinks or self.sinks_tier >= first:
             return 0
-        room = sum(self.budget.tokens[: self.sinks_tier + 1]) if isinstance(self.budget, Amounts) else 0
-        return self.sinks if room >= self.sinks else None  # else some of them come later, and others stay
+        # without room some of them come later, and others stay
+        return self.sinks if self.budget.room(self.sinks_tier) >= self.sinks else None
 
     def paper_size(self, head_dim: int) -> float | None:
         """Size in per cent of the 16-bit cache by the paper's formula, from parameters alone; None where the budget is not

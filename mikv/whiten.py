@@ -27,7 +27,8 @@ positions), the root-mean-square balancer, and a window in the same code at more
 
 from __future__ import annotations
 
-from mikv.budget import Amounts
+from mikv.budget import Amounts, Budget
+from mikv.head_bits import HeadBits
 from mikv.importance.base import Importance
 from mikv.importance.scores import Accumulated, Noise
 from mikv.options import check_choice
@@ -42,6 +43,7 @@ _IMPORTANCE: dict[str, Importance | None] = {"accumulated": Accumulated(), "rand
 
 def whiten(
     low: Tier | str | int = 2,
+    extra: float = 0.0,
     sinks: int = 4,
     window: int = 32,
     newest: Tier | str | int = 5,
@@ -56,6 +58,8 @@ def whiten(
     Args:
         low: all tokens that are in no better tier: k3v2 = keys at 3 bits, values at 2; 1 to 5 by codebook, 8 by a scale and a
             minimum, 16. A chain that is given in full is taken as it is, see mikv/quant/tier.py.
+        extra: bits of a key above those of `low`, mean over layers and heads, 0 to 2: given to the heads in which the code's
+            noise would disturb the attention most (mikv/head_bits.py).
         sinks: first tokens that stay at 16 bits.
         window: last tokens that are held in `newest` until they leave it.
         newest: the tier of the last tokens, as `low`.
@@ -68,7 +72,11 @@ def whiten(
     steps = [f"centre/{centre}"] if centre else []
     steps += [f"balance/{balance}"] if balance else []
     steps += ["rotate"] if rotate else []
-    label = f"whiten {tier_of(low)}" + (f" + last {window} {tier_of(newest)}" if window else "")
+    label = (
+        f"whiten {tier_of(low)}"
+        + (f" + {extra:g} extra" if extra else "")
+        + (f" + last {window} {tier_of(newest)}" if window else "")
+    )
     label += f" + {percent(keep)} {importance} {tier_of(high)}" if keep else ""
     label += describe_options(sinks=(sinks, 4), centre=(centre, "before"), balance=(balance, "rms"), rotate=(rotate, True))
     # each tier above the last: how it stores, a share of the tokens, a number of tokens
@@ -82,11 +90,18 @@ def whiten(
         upper.append((_coded(high, steps), keep, 0))
         upper.sort(key=lambda tier: -(tier[0].k + tier[0].v))
     tiers, shares, tokens = zip(*upper, strict=True)
+    above = Amounts(shares, tokens, "prompt" if extra else "seen")
+    budget: Budget = above
+    lowest = [tier_of(low)]
+    if extra:
+        keys = range(lowest[0].k + 2, lowest[0].k - 1, -1)
+        lowest = [Tier(key_bits=bits, value_bits=lowest[0].v) for bits in keys]
+        budget = HeadBits(above, tuple(keys), extra)
     return Policy(
         name="whiten",
         label=label,
-        tiers=(*tiers, _coded(low, steps)),
-        budget=Amounts(shares, tokens),
+        tiers=(*tiers, *(_coded(tier, steps) for tier in lowest)),
+        budget=budget,
         importance=_IMPORTANCE[importance] if keep else None,
         sinks=sinks,
         window=window,

@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.policy": ("mikv.types", "mikv.options", "mikv.identity", "mikv.quant", "mikv.importance", "mikv.budget"),
     "mikv.assignment": ("mikv.policy", "mikv.budget", "mikv.tensors"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.budget"),
-    "mikv.whiten": ("mikv.quant", "mikv.importance", "mikv.options", "mikv.policy", "mikv.budget"),
+    "mikv.head_bits": ("mikv.budget", "mikv.importance", "mikv.tensors"),
+    "mikv.whiten": ("mikv.quant", "mikv.importance", "mikv.options", "mikv.policy", "mikv.budget", "mikv.head_bits"),
     "mikv.attention": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.attention"),
     "mikv.cache": (
         *("mikv.types", "mikv.quant", "mikv.kernels", "mikv.importance", "mikv.policy"),

@@ -19,6 +19,7 @@ from rounding import assert_answers_alike
 
 from mikv.budget import Amounts
 from mikv.cache.compressed import CompressedCache
+from mikv.cache.tier_store import TierStore
 from mikv.config import policy
 from mikv.engine import Engine
 from mikv.engine.requests import Decoding, Prompt
@@ -74,7 +75,7 @@ def logits_of(run: Engine, panel: list[Policy], steps: int, ids: list[int] | Non
     """Logits [P, steps, V] of a forced continuation: all policies are fed the same tokens."""
     ids = tokens(40) if ids is None else ids
     forced = tokens(steps, seed=99)
-    watched = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
+    watched = set().union(*(one.observers for one in panel))
     cache = run.compress(run.prefill([ids], watched), panel)
     active = torch.ones(len(panel), dtype=torch.bool)
     out = []
@@ -116,7 +117,7 @@ def test_both_readers_give_the_same_numbers_bit_for_bit(any_policy: Policy) -> N
 
 def observers(any_policy: Policy) -> set[Observer]:
     """What must watch the prefill for a policy."""
-    return {any_policy.importance.observer} if any_policy.importance and any_policy.importance.observer else set()
+    return set(any_policy.observers)
 
 
 def tokens_by_tier(any_policy: Policy, cache: CompressedCache) -> list[torch.Tensor]:
@@ -135,7 +136,7 @@ def pair_bytes(any_policy: Policy, index: int, count: int, dim: int) -> float:
     numbers = count * dim
     size = sum(numbers * chain.code.size(dim) / 8 for chain in (tier.key, tier.value) if chain.code is not None)
     moves = any_policy.leaves(index)
-    implied = index == len(any_policy.tiers) - 1 and any_policy.in_order is not None  # positions follow from the slots
+    implied = any_policy.in_order(index) is not None  # positions follow from the slots
     size += 4 * count * ((moves or any_policy.positions == "contiguous" or tier.key.needs_positions) and not implied)
     return size + 4 * count * (moves and any_policy.importance is not None)
 
@@ -274,22 +275,23 @@ def test_a_stored_token_never_changes(any_policy: Policy) -> None:
     """No drift (trap T13): while a token stays in its tier its codes are the same bits, over 120 steps."""
     run = engine()
     cache = run.compress(run.prefill([tokens(30)], observers(any_policy)), [any_policy])
-    last = cache.banks[0].stores[0].tiers[-1]
+    tiers = cache.banks[0].stores[0].tiers
 
-    def content() -> dict[int, bytes]:
-        positions = last.positions()[0, 0, 0, : int(last.count[0, 0, 0])].tolist()
-        parts = [p[0, 0, 0] for n, p in last.parts.items() if n.startswith(("keys", "values"))]
+    def content(tier: TierStore) -> dict[int, bytes]:
+        positions = tier.positions()[0, 0, 0, : int(tier.count[0, 0, 0])].tolist()
+        parts = [p[0, 0, 0] for n, p in tier.parts.items() if n.startswith(("keys", "values"))]
         return {  # a block's parts: one for so many slots
-            pos: b"".join(p[slot * len(p) // last.slots].contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
+            pos: b"".join(p[slot * len(p) // tier.slots].contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
             for slot, pos in enumerate(positions)
         }
 
-    known: dict[int, bytes] = {}
+    known: list[dict[int, bytes]] = [{} for _ in tiers]
     for step in range(120):
-        for position, bytes_now in content().items():
-            assert known.setdefault(position, bytes_now) == bytes_now
+        for tier, of_tier in zip(tiers, known, strict=True):
+            for position, bytes_now in content(tier).items():
+                assert of_tier.setdefault(position, bytes_now) == bytes_now
         run.step(cache, torch.tensor([step]), torch.tensor([30 + step]), torch.ones(1, dtype=torch.bool))
-    assert len(known) > 20
+    assert max(map(len, known)) > 20
 
 
 def held_by_tier(run: Engine, cache: CompressedCache, begin: int, end: int, b: int) -> dict[str, float]:

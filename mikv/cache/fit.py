@@ -25,7 +25,6 @@ _STEPS = 1000  # shares are multiples of 1 / _STEPS: labels stay readable
 def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
     """Stored bytes of a context of so many tokens over those of the 16-bit cache, counted from the tensors of one head."""
     noise = torch.randn(2, 1, 1, 1, tokens, head_dim, generator=torch.Generator().manual_seed(0))
-    observer = None if policy.importance is None else policy.importance.observer
     scores = torch.rand(1, 1, 1, tokens, generator=torch.Generator().manual_seed(1))
     bank = PrefillBank(
         layers=torch.zeros(1, dtype=torch.long),
@@ -33,7 +32,7 @@ def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
         values=noise[1],
         query_absmax=noise[0].abs().amax(dim=3),
         query_squares=noise[0].square().sum(dim=3),
-        observed={} if observer is None else {observer: scores},
+        observed=dict.fromkeys(policy.observers, scores),
     )
     lengths = Lengths(torch.tensor([tokens]), tokens)
     rope = Rope(torch.ones(head_dim // 2))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,13 @@ class PolicyStore:
         self._costs = tuple(map(self._token_bytes, range(len(policy.tiers)))), self._side_bytes() / self._per_row
         context = self._context(positions, bank.keys, bank.values)
         scores = self.score_prompt(state, bank)
+        if not policy.budget.grows:
+            watched = policy.budget.observer
+            context = replace(
+                context,
+                observed=None if watched is None else bank.observed[watched],
+                key_noise=partial(fits.key_noise, policy.tiers[-1].key, policy.sinks),
+            )
         self._settled = None if policy.budget.grows else policy.budget.quotas(scores, context)
         device = bank.keys.device
         quotas = self._quotas(context).to(device)
@@ -171,7 +179,7 @@ class PolicyStore:
             self._dtype,
             positions=self._positions_of(index),
             with_scores=self._ranked_by_score(index),
-            first=self.policy.in_order or 0,
+            first=self.policy.in_order(index) or 0,
             rope=self._rope,
             packing=self._packing,
         )
@@ -180,7 +188,7 @@ class PolicyStore:
         """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, re-indexing
         wants those of all, and so do transforms that turn with the position."""
         policy, tier = self.policy, self.policy.tiers[index]
-        if index == len(policy.tiers) - 1 and policy.in_order is not None and policy.positions == "original":
+        if policy.in_order(index) is not None and policy.positions == "original":
             return "slots"
         if policy.leaves(index) or policy.positions == "contiguous" or tier.key.needs_positions:
             return "stored"

@@ -48,6 +48,31 @@ class Fits:
             self._known[steps, skip] = self._fitted(*steps, skip)
         return self._known[steps, skip]
 
+    def key_noise(self, chain: Chain, skip: int) -> Tensor:
+        """Variance of a logit's error, over the relative error of the keys' code, float32 [L, B, H]: mean |q|^2 times mean
+        |k|^2 over D^2, as the chain's code sees them. The error is taken to be white, as a rotation leaves it."""
+        known: tuple[Transform, ...] = ()  # the steps up to which queries are known channel by channel
+        for i, step in enumerate(chain.transforms):
+            if type(step).after is Transform.after:
+                break
+            known = chain.transforms[: i + 1]
+        sides: list[Side] = [self._side(("keys", known[: i + 1]), skip) for i in range(len(known))]
+        keys = self._bank.keys
+        real = (self._positions >= skip)[None, :, None, :, None]
+        found = []
+        for layers in layer_chunks(keys.shape):
+            x, queries = keys[layers].float(), self._queries(layers)
+            where = Where(self._positions[None, :, None].expand(x.shape[:4]), self._rope)
+            for done, side in zip(known, sides, strict=True):
+                here = {name: tensor[layers] for name, tensor in side.items()}
+                x = done.apply(x, here, where)
+                after = done.after(queries, here)
+                assert after is not None
+                queries = after
+            square = x.square().masked_fill(~real, 0).sum(dim=(3, 4)) / real.sum(dim=(3, 4)).clamp(min=1)
+            found.append(queries.square.sum(dim=-1) * square / x.shape[-1] ** 2)
+        return torch.cat(found)
+
     def _fitted(self, what: str, transforms: tuple[Transform, ...], skip: int) -> Side:
         *before, step = transforms
         fitted = [self._side((what, transforms[: i + 1]), skip) for i in range(len(before))]

@@ -216,7 +216,7 @@ class Engine(Forward):
         self, prompts: Sequence[Prompt], panel: Sequence[Policy], shared: int
     ) -> tuple[PrefillState, CompressedCache]:
         """The exact state of the contexts, and every policy's compressed cache of them."""
-        observers = {p.importance.observer for p in panel if p.importance is not None and p.importance.observer is not None}
+        observers = set().union(*(policy.observers for policy in panel))
         with self._timed("prefill"):
             state = self.prefill([prompt.context for prompt in prompts], observers, shared)
         self.watch(_PREFILLED)

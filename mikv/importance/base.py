@@ -26,10 +26,11 @@ class Context:
     (the same alone and in any batch); positions: int64 [L, B, H, T], negative = padding; seen: int64 [B], real tokens until
     now; prompt_lengths: int64 [B], with the question where it belongs to the prompt; protected: bool [L, B, H, T], tokens
     that importance does not decide about (sinks, a window); keys, values: exact, [L, B, H, T, D]; observed: what the score's
-    observer saw of the prompt, float32 [L, B, H, T] (None while decoding); mass: attention that the tokens received in this
-    step, summed over a group's query heads, float32 [L, B, H, T] (None for a prompt); output_projection: of a layer (by
-    index), float [hidden, Hq, D]: what its attention's output is multiplied by; token_bytes: what a token takes in each tier,
-    per layer and head, and side_bytes what a head takes besides."""
+    (or budget's) observer saw of the prompt, float32 [L, B, H, T] (None while decoding); mass: attention that the tokens
+    received in this step, summed over a group's query heads, float32 [L, B, H, T] (None for a prompt); key_noise: of a
+    prompt, for a budget: float32 [L, B, H], see mikv.cache.sides; output_projection: of a layer (by index), float [hidden,
+    Hq, D]: what its attention's output is multiplied by; token_bytes: what a token takes in each tier, per layer and head,
+    and side_bytes what a head takes besides."""
 
     layers: Tensor
     total_layers: int
@@ -42,6 +43,7 @@ class Context:
     values: Tensor
     observed: Tensor | None = None
     mass: Tensor | None = None
+    key_noise: Callable[[], Tensor] | None = None
     output_projection: Callable[[int], Tensor] | None = None
     token_bytes: tuple[float, ...] = ()
     side_bytes: float = 0.0

@@ -10,19 +10,14 @@ from conftest import POLICIES, Decoding, engine, model, policy, tokens
 
 from mikv.cache.compressed import CompressedCache
 from mikv.engine.requests import Prompt
-from mikv.importance.base import Observer
 from mikv.policy import Policy
 
 STEPS = 12
 
 
-def observers(chosen: Policy) -> list[Observer]:
-    return [chosen.importance.observer] if chosen.importance and chosen.importance.observer else []
-
-
 def compressed(contexts: list[list[int]], *panel: Policy) -> CompressedCache:
     run = engine()
-    return run.compress(run.prefill(contexts, [o for chosen in panel for o in observers(chosen)]), panel)
+    return run.compress(run.prefill(contexts, [o for chosen in panel for o in chosen.observers]), panel)
 
 
 def generated(prompts: list[list[int]], cache: Any, **options: Any) -> list[list[int]]:

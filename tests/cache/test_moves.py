@@ -114,8 +114,7 @@ def test_tokens_move_as_in_a_cache_made_of_lists(name: str, lengths: tuple[int, 
     policy = replace(policy, positions="original")
     run = engine()
     importance = policy.importance
-    observers = set() if importance is None or importance.observer is None else {importance.observer}
-    state = run.prefill([tokens(length, seed=length) for length in lengths], observers)
+    state = run.prefill([tokens(length, seed=length) for length in lengths], policy.observers)
     (bank,) = state.banks
     cache = run.compress(state, [policy])
     (store,) = cache.banks[0].stores

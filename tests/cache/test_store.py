@@ -33,8 +33,7 @@ UNEVEN = Policy("uneven", "uneven", (Tier(16), Tier(2, key_bits=4)), Amounts((0.
 
 def start(chosen: Policy, contexts: list[list[int]], reader: str = "working") -> tuple[CompressedCache, PolicyStore]:
     run = engine(reader)
-    observer = None if chosen.importance is None else chosen.importance.observer
-    cache = run.compress(run.prefill(contexts, [] if observer is None else [observer]), [chosen])
+    cache = run.compress(run.prefill(contexts, chosen.observers), [chosen])
     return cache, cache.banks[0].stores[0]
 
 

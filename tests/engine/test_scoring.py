@@ -107,7 +107,7 @@ def test_scores_are_those_of_decoding_step_by_step(any_policy: Policy) -> None:
     """The slow and obvious way: feed one row token by token and read the logits."""
     asked, run = scoring(31, [5]), engine()
     (continuation,) = asked.continuations
-    observers = {p.importance.observer for p in [any_policy] if p.importance is not None} - {None}
+    observers = any_policy.observers
     logits: dict[str, list[torch.Tensor]] = {}
     for one in (policy("full"), any_policy):
         cache = run.compress(run.prefill([asked.prompt.context], observers), [one], torch.tensor([31]))
@@ -156,7 +156,7 @@ def test_a_shared_prefix_changes_nothing(lengths: tuple[int, ...], architecture:
     """Prefilled once and forked, or in each prompt anew: the same state, up to rounding."""
     shared = tokens(30, seed=9)
     contexts = [[*shared, *tokens(n - 30, seed=i)] for i, n in enumerate(lengths)]
-    observers = {p.importance.observer for p in PANEL if p.importance is not None} - {None}
+    observers = set().union(*(policy.observers for policy in PANEL))
     run = Engine(model(architecture), frozenset(), 257)
     whole, forked = run.prefill(contexts, observers), run.prefill(contexts, observers, shared=30)
     again = run.prefill(contexts, observers, shared=30)

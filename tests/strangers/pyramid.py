@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mikv.budget import AcrossHeads, Amounts
+from mikv.budget import AcrossHeads, Amounts, Budget
 from mikv.importance.base import Context
 from mikv.importance.scores import Accumulated
 from mikv.policy import Policy, percent
@@ -14,7 +14,7 @@ from mikv.quant.tier import Tier
 
 
 @dataclass(frozen=True)
-class Pyramid:
+class Pyramid(Budget):
     """From (1 + slope) times the mean budget in the first layer down to (1 - slope) times in the last."""
 
     mean: Amounts
