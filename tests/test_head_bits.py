@@ -10,6 +10,7 @@ import torch
 from conftest import NO_END, engine, model, tokens
 
 from mikv.budget import Amounts
+from mikv.cache.policy_store import PolicyStore
 from mikv.cache.sides import Fits
 from mikv.engine import Engine
 from mikv.head_bits import HeadBits
@@ -73,13 +74,22 @@ def test_the_noise_that_is_foretold_is_that_of_the_logits(
         assert seen == pytest.approx(float(foretold[layer, head]), rel=0.3)
 
 
-def test_each_head_holds_its_tokens_at_its_own_bits_and_bytes_follow() -> None:
+def test_each_head_holds_its_tokens_at_its_own_bits_and_bytes_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle, widths = PolicyStore._settle, []
+
+    def counting(self: PolicyStore, index: int, tier: Any, incoming: Any, *rest: Any) -> Any:
+        widths.append({tensor.shape[3] for tensor in incoming if tensor is not None})
+        return settle(self, index, tier, incoming, *rest)
+
+    monkeypatch.setattr(PolicyStore, "_settle", counting)
     run = engine(layers=3)
     plain, more = whiten(2, window=6), whiten(2, extra=0.5, window=6)
     state = run.prefill([tokens(60), tokens(33, seed=1)], more.observers)
     cache = run.compress(state, [plain, more])
     for step in range(5):
         run.step(cache, torch.full((4,), step), torch.tensor([60, 33] * 2) + step, torch.ones(4, dtype=torch.bool))
+    assert len(widths) == 5 * (3 + 5)  # steps, tiers of both policies
+    assert all(width == {1} for width in widths)  # a step handles one token, also where it passes tiers that hold many
     two = cache.banks[0].stores[1]
     counts = torch.stack([tier.count for tier in two.tiers])
     assert (counts[0] == 4).all()

@@ -187,7 +187,7 @@ class TierStore:
     def _taken(self, incoming: Pairs, chosen: Tensor, slots: int) -> Pairs:
         """The chosen ones, from slots (dequantized) or from those that come (as exact as they came)."""
         slot = chosen.clamp(max=slots - 1)
-        mine = self._pairs({name: part[at(part.shape, slot)] for name, part in self.parts.items()})
+        mine = self._pairs({name: part[at(part.shape, slot)] for name, part in self.parts.items()}, slot)
         theirs = incoming.at((chosen - slots).clamp(min=0))
         new = chosen >= slots
         return Pairs(
@@ -240,12 +240,11 @@ class TierStore:
         code = self._chains[what].code if what in self._chains else None
         return code.block if code is not None and part in code.per_block else 1
 
-    def _pairs(self, parts: Parts) -> Pairs:
-        """Dequantized pairs [L, B, H, n, ...] of parts [L, B, H, n, *]."""
-        positions = parts["positions"].squeeze(-1).long() if "positions" in parts else None
-        keys, values = self._decode(parts)
-        if positions is None:  # of a tier that no token leaves: anything
-            positions = torch.zeros(keys.shape[:4], dtype=torch.int64, device=self.device)
+    def _pairs(self, parts: Parts, slots: Tensor) -> Pairs:
+        """Dequantized pairs [L, B, H, n, ...] of parts [L, B, H, n, *] that lie in some slots (int64 [L, B, H, n])."""
+        # where they are not known no token leaves: anything will do
+        positions = parts["positions"].squeeze(-1).long() if "positions" in parts else self._first + slots
+        keys, values = self._decode(parts, positions=positions)
         return Pairs(keys, values, positions, parts["scores"].squeeze(-1) if self.with_scores else None)
 
     def fork(self, rows: Tensor, sides: Sides) -> TierStore:
