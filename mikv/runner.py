@@ -19,6 +19,9 @@ from mikv.stopping import Stopping
 from mikv.table import print_table
 from mikv.work.base import Encoded, Unit, Work
 
+# Part of the attention of a layer beyond which a policy is said to be badly off.
+_FAR = 0.5
+
 
 class RunError(RuntimeError):
     """The run can't be done or its outcome means nothing; the message says why. Records already made are kept."""
@@ -175,6 +178,7 @@ def _row(
     for response in responses:
         nbytes.update(response.usage.nbytes)
     unit = served.name
+    worst, distance = max((response.worst_layer for response in responses), key=lambda layer: layer[1])
     return {
         "key": run.key(policy, unit),
         "policy": policy.name,
@@ -196,6 +200,8 @@ def _row(
         "full_nbytes": sum(response.usage.full_nbytes for response in responses),
         "size_percent_paper": policy.paper_size(geometry(loaded.model.config).head_dim),
         # from here on: what may differ where the same is computed again
+        "worst_layer": worst,
+        "layer_distance": distance,
         "allocated_nbytes": sum(response.usage.allocated_nbytes for response in responses),
         "peak_nbytes": _peak(loaded.model.device.type),
         "reader": run.backend.reader_of(policy),
@@ -247,6 +253,12 @@ def _print_summary(run: Run, summary: Sequence[Row]) -> None:
     unended = [f"{row['label']} {row['unended']}" for row in summary if row["unended"]]
     if unended:
         print(f"note: of {summary[0]['samples']} answers each, so many ran into the limit of new tokens: {', '.join(unended)}")
+    for row in summary:
+        if row.get("layer_distance", 0) > _FAR:
+            print(
+                f"warning: {row['label']}: in layer {row['worst_layer']} what is stored moves "
+                f"{100 * row['layer_distance']:.0f} % of the attention of a prompt's last tokens elsewhere"
+            )
     compressing = {policy.label for policy in run.panel if not policy.lossless}
     for row in summary:
         if row["label"] not in compressing or row["exercised"] == row["samples"]:

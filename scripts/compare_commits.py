@@ -43,7 +43,7 @@ TINY: dict[str, tuple[tuple[str, ...], int]] = {
     for reader in ("working", "kernel")
 }
 # Fields that say who ran it and how fast, or name something that is derived from the code.
-NO_OUTCOME = {"key", "environment", "policy_id", "seconds", "peak_nbytes", "allocated_nbytes"}
+NO_OUTCOME = {"key", "environment", "policy_id", "seconds", "peak_nbytes", "allocated_nbytes", "worst_layer", "layer_distance"}
 
 Row = dict[str, Any]
 

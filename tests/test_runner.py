@@ -39,6 +39,7 @@ def outcomes(path: Path) -> dict[str, dict[str, Any]]:
     found = rows(path)
     assert len({row["key"] for row in found}) == len(found)
     free = {"seconds", "allocated_nbytes", "peak_nbytes", "environment", "batch", "reader", "attention"}
+    free |= {"worst_layer", "layer_distance"}
     return {row["key"]: {k: v for k, v in row.items() if k not in free} for row in found}
 
 

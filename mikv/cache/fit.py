@@ -33,6 +33,7 @@ def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
         query_absmax=noise[0].abs().amax(dim=3),
         query_squares=noise[0].square().sum(dim=3),
         observed=dict.fromkeys(policy.observers, scores),
+        last_queries=noise.new_zeros((1, 1, 1, 1, 0, head_dim)),
     )
     lengths = Lengths(torch.tensor([tokens]), tokens)
     rope = Rope(torch.ones(head_dim // 2))

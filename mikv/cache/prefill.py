@@ -23,6 +23,9 @@ from mikv.kernels import pick
 from mikv.rope import Rope
 from mikv.types import Geometry, Lengths
 
+# Queries of each prompt that are kept: what is stored is measured by them.
+_LAST = 16
+
 
 @dataclass(frozen=True)
 class PrefillBank:
@@ -30,7 +33,8 @@ class PrefillBank:
 
     layers int64 [L] (their indices); keys, values [L, B, H, T, D] in the model's dtype, keys after RoPE; query_absmax,
     query_squares float32 [L, B, H, D], the largest |q| and the sum of q^2 over real tokens and the query heads of a group;
-    observed: float32 [L, B, H, T] per observer.
+    observed: float32 [L, B, H, T] per observer; last_queries [L, B, H, G, W, D]: of the last W columns (fewer where there are
+    not so many behind a shared prefix), after RoPE, in the model's dtype.
     """
 
     layers: Tensor
@@ -39,6 +43,7 @@ class PrefillBank:
     query_absmax: Tensor
     query_squares: Tensor
     observed: dict[Observer, Tensor]
+    last_queries: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ class _CollectingBank:
             self.query_squares += prefix.query_squares
             self._place(prefix.keys, self.keys)
             self._place(prefix.values, self.values)
+        group, last = geometry.query_heads // heads, min(_LAST, lengths.width - self.shared)
+        self.last_queries = torch.zeros((len(layers), batch, heads, group, last, dim), dtype=dtype, device=device)
         # columns that the pass is fed; in rows with padding the first of them belong to the prefix
         self.fed = lengths.positions(device)[:, self.shared :] >= self.shared
 
@@ -155,7 +162,8 @@ class _CollectingBank:
                 before = torch.zeros_like(after)
                 self._place(self.prefix.observed[observer], before)
                 observed[observer] = observer.combine(before, after)
-        return PrefillBank(self.layers, self.keys, self.values, self.query_absmax, self.query_squares, observed)
+        statistics = self.query_absmax, self.query_squares, observed
+        return PrefillBank(self.layers, self.keys, self.values, *statistics, self.last_queries)
 
 
 class _PrefillLayer(CacheLayerMixin):
@@ -189,6 +197,8 @@ class _PrefillLayer(CacheLayerMixin):
         absmax, squares = _moments(query, bank.fed, key.shape[1])
         bank.query_absmax[layer] = torch.maximum(bank.query_absmax[layer], absmax)
         bank.query_squares[layer] += squares
+        last = bank.last_queries.shape[4]
+        bank.last_queries[layer] = query[:, :, query.shape[2] - last :].unflatten(1, (key.shape[1], -1))
 
         def watch(probs: Tensor, first: int) -> None:
             start, end = first - bank.shared, first + probs.shape[3]

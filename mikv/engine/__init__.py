@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 
 from mikv.cache.compressed import CompressedCache, Workspace
+from mikv.cache.distance import worst_layers
 from mikv.cache.prefill import PrefillState
 from mikv.engine.generate import decode_answers
 from mikv.engine.prefill import Forward
@@ -180,12 +181,12 @@ class Engine(Forward):
         shared: first tokens that all contexts have in common, see `prefill`. fidelity: feed the answers of the panel's first
         policy, end tokens included, through the others' caches as well.
         """
-        state, cache = self._prepared(prompts, panel, shared)
+        state, cache, worst = self._prepared(prompts, panel, shared)
         if not fidelity:
             del state  # its exact keys and values are not needed while decoding
         with self._timed("decode"):
             watch = partial(_part, self.watch, _PREFILLED, (_DECODED if fidelity else 1) - _PREFILLED)
-            answers = decode_answers(self, cache, prompts, len(panel), decoding, self.end_tokens, watch)
+            answers = _with(worst, decode_answers(self, cache, prompts, len(panel), decoding, self.end_tokens, watch))
         if not fidelity:
             return answers
         with self._timed("fidelity"):  # the first cache is used up: one packed cache at a time
@@ -205,23 +206,25 @@ class Engine(Forward):
         """Log-probabilities of continuations, of one batch: for each policy of the panel, one result per prompt."""
         prompts = [scoring.prompt for scoring in scorings]
         wanted = [scoring.continuations for scoring in scorings]
-        state, cache = self._prepared(prompts, panel, shared)
+        state, cache, worst = self._prepared(prompts, panel, shared)
         del state  # its exact keys and values are not needed any more
         with self._timed("decode"):
-            return score_continuations(
+            scores = score_continuations(
                 self, cache, prompts, wanted, len(panel), partial(_part, self.watch, _PREFILLED, 1 - _PREFILLED)
             )
+        return _with(worst, scores)
 
     def _prepared(
         self, prompts: Sequence[Prompt], panel: Sequence[Policy], shared: int
-    ) -> tuple[PrefillState, CompressedCache]:
-        """The exact state of the contexts, and every policy's compressed cache of them."""
+    ) -> tuple[PrefillState, CompressedCache, list[list[tuple[int, float]]]]:
+        """The contexts' exact state, every policy's compressed cache of them, and its worst layer of each prompt."""
         observers = set().union(*(policy.observers for policy in panel))
         with self._timed("prefill"):
             state = self.prefill([prompt.context for prompt in prompts], observers, shared)
         self.watch(_PREFILLED)
         with self._timed("compress"):
-            return state, self._compressed(state, prompts, panel)
+            cache = self._compressed(state, prompts, panel)
+        return state, cache, worst_layers(cache, state)  # a measurement, and no part of the method: it is not timed
 
     def _compressed(self, state: PrefillState, prompts: Sequence[Prompt], panel: Sequence[Policy]) -> CompressedCache:
         # a held-back last token belongs to the prompt; a hidden question is not known when budgets are fixed
@@ -271,6 +274,12 @@ class _Gathering(Generic[Name]):
                     served.responses = [list(of_policy) for of_policy in zip(*mine, strict=True)]
                     complete.append(self._served.pop(name))
         return complete
+
+
+def _with(worst: Sequence[Sequence[tuple[int, float]]], responses: list[list[Any]]) -> list[list[Any]]:
+    """Responses, by policy and prompt, that say which layer was the worst."""
+    pairs = (zip(layers, own, strict=True) for layers, own in zip(worst, responses, strict=True))
+    return [[replace(response, worst_layer=layer) for layer, response in of_policy] for of_policy in pairs]
 
 
 def _part(watch: Callable[[float], None], begun: float, part: float, share: float) -> None:

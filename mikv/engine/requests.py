@@ -147,12 +147,13 @@ class Scored(NamedTuple):
 class Scores:
     """The continuations of one prompt under one policy, in the request's order.
 
-    usage: of the cache when the question has been fed; compressed_tokens: see Generation.
+    usage: of the cache when the question has been fed; compressed_tokens, worst_layer: see Generation.
     """
 
     continuations: list[Scored]
     compressed_tokens: float
     usage: Usage
+    worst_layer: tuple[int, float] = field(default=(0, 0.0), compare=False)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class Generation:
     or the stop condition, not by the limit; usage: of the cache at the end of the answer; compressed_tokens: how many tokens
     of the context were not at 16 bits when the first token was fed through the compressed cache (0 = the policy was not
     exercised); watched_tiers: share of the prompt's watched tokens by the bits at which they were held then ("0" = evicted),
-    mean over layers and heads; fidelity: on the first policy's answer, where that was asked for.
+    mean over layers and heads; fidelity: on the first policy's answer, where that was asked for; worst_layer: the layer in
+    which the attention of the context's last queries was moved most, and how far (mikv.cache.distance).
     """
 
     tokens: list[int]
@@ -173,6 +175,7 @@ class Generation:
     usage: Usage
     watched_tiers: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity | None = None
+    worst_layer: tuple[int, float] = field(default=(0, 0.0), compare=False)
 
 
 Response = Scores | Generation

@@ -111,7 +111,17 @@ def circumstances(samples: Sequence[Row]) -> Row:
         "batch_size": sorted({row["batch"][0] for row in samples}),
         "allocated_nbytes": fmean(row["allocated_nbytes"] for row in samples),
         "peak_nbytes": max((row["peak_nbytes"] for row in samples if row["peak_nbytes"] is not None), default=None),
+        **_worst_layer([row for row in samples if "worst_layer" in row]),
     }
+
+
+def _worst_layer(samples: Sequence[Row]) -> Row:
+    """The layer that was the worst most often, and how far the worst one's attention was moved on average (see
+    mikv.cache.distance); nothing of records that don't say it."""
+    if not samples:
+        return {}
+    layer = Counter(row["worst_layer"] for row in samples).most_common(1)[0][0]
+    return {"worst_layer": layer, "layer_distance": fmean(row["layer_distance"] for row in samples)}
 
 
 def clusters_of(rows: Sequence[Row]) -> list[str] | None:

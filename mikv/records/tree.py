@@ -26,7 +26,7 @@ _FIXED = (
 """Fields that are known before anything is computed: no circumstances move them."""
 _MOVED = {"relative": 1e-2, "absolute": 1e-3}
 """How far the shape of a batch moves a number."""
-_FREE = (*_CIRCUMSTANCES, "seconds", "allocated_nbytes", "peak_nbytes")
+_FREE = (*_CIRCUMSTANCES, "seconds", "allocated_nbytes", "peak_nbytes", "worst_layer", "layer_distance")
 """Fields of a sample in which two computations of one key may differ."""
 
 
