@@ -66,15 +66,22 @@ class HeadBits(Budget):
     def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
         import torch
 
-        assert context.observed is not None
-        assert context.key_noise is not None
-        received = context.observed.masked_fill(context.positions < 0, 0)
-        coded = received.masked_fill(context.protected, 0).sum(dim=-1) / received.sum(dim=-1).clamp(min=1e-9)
-        bits = self._filled((context.key_noise() * coded).cpu())
+        assert context.everywhere is not None
+        weight = torch.cat([self._weight(part) for part in context.everywhere()])
+        bits = self._filled(weight)[context.layers.cpu()]
         above = self.above.quotas(scores, context).expand(-1, *bits.shape)
         full = above[-1] if len(above) else torch.zeros_like(bits)
         own = [full + _ALL * (bits >= least) for least in self.bits[:-1]]
         return torch.cat((above, torch.stack(own)))
+
+    @staticmethod
+    def _weight(context: Context) -> Tensor:
+        """w, float32 [L, B, H] on the CPU."""
+        assert context.observed is not None
+        assert context.key_noise is not None
+        received = context.observed.masked_fill(context.positions < 0, 0)
+        coded = received.masked_fill(context.protected, 0).sum(dim=-1) / received.sum(dim=-1).clamp(min=1e-9)
+        return (context.key_noise() * coded).cpu()
 
     def _filled(self, weight: Tensor) -> Tensor:
         """Bits of each layer and head, int64 [L, B, H], from its weight: each next bit where it takes most noise away."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -118,6 +119,6 @@ def test_an_attention_that_coded_tokens_receive_nothing_of_needs_no_bits() -> No
         seen=torch.tensor([40]), prompt_lengths=torch.tensor([40]), protected=positions < 4, keys=torch.zeros(1, 1, 4, 40, 16),
         values=torch.zeros(1, 1, 4, 40, 16), observed=observed, key_noise=lambda: torch.ones(1, 1, 4),
     )  # fmt: skip
-    quotas = HeadBits(ABOVE, (3, 2), 0.75).quotas(None, context)
+    quotas = HeadBits(ABOVE, (3, 2), 0.75).quotas(None, replace(context, everywhere=lambda: [context]))
     assert quotas[0].flatten().tolist() == [4] * 4
     assert (quotas[1] > 1000).flatten().tolist() == [True, True, False, True]

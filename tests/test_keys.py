@@ -59,7 +59,7 @@ OTHER: dict[str, Any] = {
                "jailbreakbench": "advbench"},
     "part": {"ending": "translation", "translation": "ending"}, "depths": {None: 2, 5: 4}, "system": "Be brief.",
     "model.name": "other", "key": "affine3", "value": "affine3",
-    "centre": "after", "policy.balance": {"rms": "max", True: False, False: True}, "importance": "random",
+    "extra": 0.5, "centre": "after", "policy.balance": {"rms": "max", True: False, False: True}, "importance": "random",
 }  # fmt: skip
 # Options that need a file, a repository or another option; each has a test of its own.
 ELSEWHERE = ("model.path", "model.adapter", "task.file", "task.text", "file", "judge", "_target_", "task.metric")

@@ -29,7 +29,7 @@ from mikv.cache.backend import Backend
 from mikv.cache.dense import Prompts, dense_readers
 from mikv.cache.kernel_read import KernelReader
 from mikv.cache.policy_store import PolicyStore
-from mikv.cache.prefill import PrefillBank, PrefillState
+from mikv.cache.prefill import PrefillState
 from mikv.cache.reader import Reader
 from mikv.cache.sides import Fits
 from mikv.policy import Policy
@@ -102,7 +102,7 @@ class CompressedCache(Cache):
         workspace = Workspace() if workspace is None else workspace
         super().__init__(layers=[])
         self._hold(
-            [_Bank(state, bank, panel, prompt_lengths, backend, workspace.of_bank(i)) for i, bank in enumerate(state.banks)]
+            [_Bank(state, fits, panel, prompt_lengths, backend, workspace.of_bank(i)) for i, fits in enumerate(Fits.of(state))]
         )
 
     def end_step(self, active: Tensor) -> None:
@@ -219,15 +219,15 @@ class _Bank:
     def __init__(
         self,
         state: PrefillState,
-        bank: PrefillBank,
+        fits: Fits,
         panel: Sequence[Policy],
         prompt_lengths: Tensor,
         backend: Backend,
         workspace: Workspace,
     ) -> None:
+        bank = fits.bank
         self.layers = bank.layers
         self.open = False  # whether a step is under way
-        fits = Fits(state, bank)
         by_kernel = [backend.reader_of(policy) == "kernel" for policy in panel]
         self.stores = [
             # the kernels read pairs in any order; a dense copy wants each at its place

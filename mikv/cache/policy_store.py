@@ -85,7 +85,7 @@ class PolicyStore:
         self._rope, self._output_projection = state.rope, state.output_projection
         for tier in policy.tiers:
             tier.check(state.geometry.head_dim)
-        fits = Fits(state, bank) if fits is None else fits
+        fits = next(one for one in Fits.of(state) if one.bank is bank) if fits is None else fits
         stored = [tier for tier in policy.tiers if not tier.evicted]
         chains = {"keys": [tier.key for tier in stored], "values": [tier.value for tier in stored]}
         self.sides: Sides = fits.sides(chains, policy.sinks)
@@ -94,14 +94,10 @@ class PolicyStore:
         self._costs = tuple(map(self._token_bytes, range(len(policy.tiers)))), self._side_bytes() / self._per_row
         context = self._context(positions, bank.keys, bank.values)
         scores = self.score_prompt(state, bank)
+        self._settled = None
         if not policy.budget.grows:
-            watched = policy.budget.observer
-            context = replace(
-                context,
-                observed=None if watched is None else bank.observed[watched],
-                key_noise=partial(fits.key_noise, policy.tiers[-1].key, policy.sinks),
-            )
-        self._settled = None if policy.budget.grows else policy.budget.quotas(scores, context)
+            everywhere = partial(self._of_all_banks, state, fits)
+            self._settled = policy.budget.quotas(scores, replace(context, everywhere=everywhere))
         device = bank.keys.device
         quotas = self._quotas(context).to(device)
         assigned = assign(policy, scores, positions, self.seen.to(device), quotas)
@@ -119,6 +115,22 @@ class PolicyStore:
         positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
         observed = None if importance.observer is None else bank.observed[importance.observer]
         return importance.score(replace(self._context(positions, bank.keys, bank.values), observed=observed))
+
+    def _of_all_banks(self, state: PrefillState, fits: Fits) -> list[Context]:
+        """Of the prompt, as a budget sees it that spans the layers of several devices."""
+        watched, found = self.policy.budget.observer, []
+        for other in fits.all:
+            bank = other.bank
+            positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
+            found.append(
+                replace(
+                    self._context(positions, bank.keys, bank.values),
+                    layers=bank.layers,
+                    observed=None if watched is None else bank.observed[watched],
+                    key_noise=partial(other.key_noise, self.policy.tiers[-1].key, self.policy.sinks),
+                )
+            )
+        return found
 
     def _context(self, positions: Tensor, keys: Tensor, values: Tensor) -> Context:
         seen = self.seen.to(positions.device)[None, :, None, None]

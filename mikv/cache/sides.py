@@ -26,9 +26,23 @@ class Fits:
 
     def __init__(self, state: PrefillState, bank: PrefillBank) -> None:
         self._bank, self._rope = bank, state.rope
+        self.all = [self]  # of the state's banks
         self._positions = state.lengths.positions(bank.keys.device)
         self._heads = state.geometry.query_heads // state.geometry.kv_heads
         self._known: dict[tuple[Steps, int], Side] = {}
+        self._noise: dict[tuple[tuple[Transform, ...], int], Tensor] = {}
+
+    @staticmethod
+    def of(state: PrefillState) -> list[Fits]:
+        """One for each bank."""
+        made = [Fits(state, bank) for bank in state.banks]
+        for fits in made:
+            fits.all = made
+        return made
+
+    @property
+    def bank(self) -> PrefillBank:
+        return self._bank
 
     def sides(self, chains: dict[str, list[Chain]], skip: int) -> Sides:
         """Of all steps of some chains, `keys` and `values`.
@@ -51,6 +65,11 @@ class Fits:
     def key_noise(self, chain: Chain, skip: int) -> Tensor:
         """Variance of a logit's error, over the relative error of the keys' code, float32 [L, B, H]: mean |q|^2 times mean
         |k|^2 over D^2, as the chain's code sees them. The error is taken to be white, as a rotation leaves it."""
+        if (chain.transforms, skip) not in self._noise:
+            self._noise[chain.transforms, skip] = self._measured(chain, skip)
+        return self._noise[chain.transforms, skip]
+
+    def _measured(self, chain: Chain, skip: int) -> Tensor:
         known: tuple[Transform, ...] = ()  # the steps up to which queries are known channel by channel
         for i, step in enumerate(chain.transforms):
             if type(step).after is Transform.after:

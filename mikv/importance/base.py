@@ -7,7 +7,7 @@ ahead. Scores are float32: in fp16 a large sum swallows every later increment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,11 +26,12 @@ class Context:
     (the same alone and in any batch); positions: int64 [L, B, H, T], negative = padding; seen: int64 [B], real tokens until
     now; prompt_lengths: int64 [B], with the question where it belongs to the prompt; protected: bool [L, B, H, T], tokens
     that importance does not decide about (sinks, a window); keys, values: exact, [L, B, H, T, D]; observed: what the score's
-    (or budget's) observer saw of the prompt, float32 [L, B, H, T] (None while decoding); mass: attention that the tokens
-    received in this step, summed over a group's query heads, float32 [L, B, H, T] (None for a prompt); key_noise: of a
-    prompt, for a budget: float32 [L, B, H], see mikv.cache.sides; output_projection: of a layer (by index), float [hidden,
-    Hq, D]: what its attention's output is multiplied by; token_bytes: what a token takes in each tier, per layer and head,
-    and side_bytes what a head takes besides."""
+    observer saw of the prompt, float32 [L, B, H, T] (None while decoding); mass: attention that the tokens received in this
+    step, summed over a group's query heads, float32 [L, B, H, T] (None for a prompt); key_noise: of a prompt, for a budget:
+    float32 [L, B, H], see mikv.cache.sides; everywhere: of a prompt, for a budget that spans layers on several devices: the
+    contexts of all of them, in the order of layers, with what its observer saw; output_projection: of a layer (by index),
+    float [hidden, Hq, D]: what its attention's output is multiplied by; token_bytes: what a token takes in each tier, per
+    layer and head, and side_bytes what a head takes besides."""
 
     layers: Tensor
     total_layers: int
@@ -44,6 +45,7 @@ class Context:
     observed: Tensor | None = None
     mass: Tensor | None = None
     key_noise: Callable[[], Tensor] | None = None
+    everywhere: Callable[[], Sequence[Context]] | None = None
     output_projection: Callable[[int], Tensor] | None = None
     token_bytes: tuple[float, ...] = ()
     side_bytes: float = 0.0
