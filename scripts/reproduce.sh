@@ -2,6 +2,7 @@
 # Every table and figure of README, results/reference and its notebooks, on the two models that run on a laptop.
 #
 #   DATA=FOLDER scripts/reproduce.sh          FOLDER: README, "Data without the hub"; without it, what needs data is left out
+#   QWEN=FILE scripts/reproduce.sh            FILE: Qwen2.5-Coder-0.5B-Instruct as GGUF (Q4_K_M); without it, its run is left out
 #   LIMIT=20 scripts/reproduce.sh             fewer samples
 #
 # One to four hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
@@ -11,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall)  # kept with its flipped samples
 # kept as summaries: all is to stay below 2 MB
-SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-fidelity)
+SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,front})
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -26,6 +27,12 @@ half=(task.limit=$(((LIMIT + 1) / 2)))  # twenty-three policies
   "tasks=linerecall ${half[*]} ${short[*]},guardedrecall ${half[*]} ${short[*]},fidelity task.limit=6"
 "$PYTHON" run.py panel=risk task=guardedrecall "${recall[@]}" name=recall-risk
 "$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity name=135m-fidelity
+"$PYTHON" run.py panel=front model=smollm2-135m task=fidelity batch_size=2 name=135m-front
+if [ -n "${QWEN:-}" ]; then
+  qwen=(model=qwen2.5-7b model.name=qwen2.5-coder-0.5b model.path="$QWEN")
+  "$PYTHON" run.py panel=front "${qwen[@]}" task=fidelity task.limit=4 batch_size=2 name=qwen-front
+  SMALL+=(qwen-front)
+fi
 if [ -n "${DATA:-}" ]; then
   # short answers and no second decode for fidelity: fifteen policies on two cores
   few=(panel=risk task.data_dir="$DATA" task.limit=20 fidelity=false)
@@ -46,6 +53,7 @@ fi
 
 cp results/runs/recall-linerecall/curve.png results/figures/demo.png
 cp results/runs/135m-fidelity/curve.png results/figures/fidelity.png
+cp results/runs/135m-front/curve.png results/figures/front.png
 if [ -n "${DATA:-}" ]; then
   cp results/runs/recall-contextloss/depth.png results/figures/depth-smollm2-recall.png
 fi
