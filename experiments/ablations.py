@@ -6,7 +6,7 @@ python -m experiments.ablations model=smollm2-135m task=fidelity
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.base import ADJUSTED, adjusted, arguments, compare, run, show
@@ -24,28 +24,28 @@ CHOICES = {
 }
 
 
-def table(results: Results) -> Any:
-    """Each variant against the base, sample by sample."""
+def table(results: Results, base: str = BASE, choices: Mapping[str, str] = CHOICES) -> Any:
+    """Each variant against the base (a label), sample by sample. choices: what a part of a label stands for."""
     from rich.table import Table
 
     first = results.summary[0]
     shown = Table(
-        title=f"Ablations around {BASE}\n{first['model']} · {first['task']} · n = {first['n']}",
-        caption=f"{first['metric']} with 95 % interval; change from {BASE}: paired; {ADJUSTED}; kl: to the full cache on its "
+        title=f"Ablations around {base}\n{first['model']} · {first['task']} · n = {first['n']}",
+        caption=f"{first['metric']} with 95 % interval; change from {base}: paired; {ADJUSTED}; kl: to the full cache on its "
         "own answers; size: bytes counted from stored tensors",
     )
     for name in ("choice", "policy"):
         shown.add_column(name)
     for name in (first["metric"], "change", "p", "kl", "size %"):
         shown.add_column(name, justify="right", no_wrap=True)
-    labels = [row["label"] for row in results.summary if row["label"] not in (BASE, "full")]
-    changes = {label: change for label in labels if (change := compare(results, label, BASE)) is not None}
+    labels = [row["label"] for row in results.summary if row["label"] not in (base, "full")]
+    changes = {label: change for label in labels if (change := compare(results, label, base)) is not None}
     tests = adjusted({label: change.p for label, change in changes.items()})
     for row in results.summary:
         label = row["label"]
         change = changes.get(label)
         shown.add_row(
-            next((text for sign, text in CHOICES.items() if sign in label), ""),
+            "" if label == base else next((text for sign, text in choices.items() if sign in label), ""),
             label,
             _number(f"{row['value']:.3g}", row["ci95"], ".3g"),
             "" if change is None else _number(f"{change.difference:+.2g}", change.ci95, "+.2g"),

@@ -50,8 +50,8 @@ def whiten(
     keep: float = 0.0,
     high: Tier | str | int = 4,
     importance: str = "accumulated",
-    centre: str | None = "before",
-    balance: str | None = "rms",
+    centre: str = "before",
+    balance: str = "rms",
     rotate: bool = True,
 ) -> Policy:
     """
@@ -66,11 +66,13 @@ def whiten(
         keep: share of the tokens seen that are important and held in `high`.
         high: the tier of important tokens, as `low`.
         importance: what is important: accumulated (H2O's score), recency, or random.
-        centre, balance, rotate: the steps, to leave one out: before, after (RoPE) or null; rms, max or null; true or false.
+        centre, balance, rotate: the steps, to leave one out: before, after (RoPE) or none; rms, max or none; true or false.
     """
     check_choice("importance", importance, tuple(_IMPORTANCE))
-    steps = [f"centre/{centre}"] if centre else []
-    steps += [f"balance/{balance}"] if balance else []
+    check_choice("centre", centre, ("before", "after", "none"))
+    check_choice("balance", balance, ("rms", "max", "none"))
+    steps = [] if centre == "none" else [f"centre/{centre}"]
+    steps += [] if balance == "none" else [f"balance/{balance}"]
     steps += ["rotate"] if rotate else []
     label = (
         f"whiten {tier_of(low)}"

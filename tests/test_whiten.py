@@ -124,7 +124,7 @@ def divergences(size: float, policies: list[Policy]) -> list[tuple[float, float]
 def test_large_key_biases_ruin_uniform_quantization_and_not_this() -> None:
     """The reason why quantized caches break on Qwen2.5: the biases eat the range of every scale. Centring takes them out."""
     panel = [policy("uniform", {"tier.bits": 4, "balance": True}), whiten("k4v3", window=0)]
-    panel.append(whiten("k4v3", window=0, centre=None))
+    panel.append(whiten("k4v3", window=0, centre="none"))
     for before, biased_now, what in zip(divergences(0.0, panel), divergences(40.0, panel), panel, strict=True):
         for one, other in zip(before, biased_now, strict=True):  # the divergence, and the worst layer's attention
             if what.label == "whiten k4v3":
@@ -187,7 +187,7 @@ def test_tiers_are_ordered_by_their_bits_and_a_step_can_be_left_out() -> None:
     assert [str(tier) for tier in made.tiers] == ["16", "8", "5", "k3v2"]
     assert made.window_tier == 2
     assert made.label == "whiten k3v2 + last 32 5 + 10% accumulated 8"
-    assert str(whiten(2, centre=None, balance="max", rotate=False).tiers[-1].key) == "balance > codebook2"
+    assert str(whiten(2, centre="none", balance="max", rotate=False).tiers[-1].key) == "balance > codebook2"
     assert str(whiten(Tier(key="affine3", value=4)).tiers[-1].value) == "rotate > codebook4"
     assert len(whiten(newest=16).tiers) == 2
     with pytest.raises(ConfigError, match="choose accumulated or random or recency"):

@@ -57,18 +57,18 @@ def test_every_experiment_has_a_module_that_says_how_to_run_it(name: str) -> Non
     assert f"python -m experiments.{name}" in str(module.__doc__)
 
 
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "ablations"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "ablations", "steps"])
 def test_the_program_prints_the_table_of_its_records(
     name: str, model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program(name, *model, f"out={tmp_path}", *LINES)
+    program(name, *model, "task=linerecall", f"out={tmp_path}", *LINES)
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("*/summary.jsonl")
     for row in map(json.loads, file.read_text().splitlines()):
         cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
         mine = [line for line in cells if row["label"] in line][-1]  # the run's own table comes before
         assert f"{row['size_percent']:.1f}" in mine
-    program(name, *model, f"out={tmp_path}", *LINES)
+    program(name, *model, "task=linerecall", f"out={tmp_path}", *LINES)
     assert "all 3 samples are done already" in capsys.readouterr().out
 
 
