@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from experiments import steps
 from experiments.base import adjusted, compare, paper_table, percent, points
 from experiments.risks import BUDGETS, budget, risks
 from experiments.risks import table as risk_table
@@ -70,6 +71,16 @@ def test_the_program_prints_the_table_of_its_records(
         assert f"{row['size_percent']:.1f}" in mine
     program(name, *model, "task=linerecall", f"out={tmp_path}", *LINES)
     assert "all 3 samples are done already" in capsys.readouterr().out
+
+
+def test_every_step_of_our_policy_has_a_row_that_says_what_is_left_out(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("steps", *model, "task=linerecall", f"out={tmp_path}", *LINES)
+    lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    named = {cells[2]: cells[1] for cells in lines if len(cells) == 9}
+    assert named[steps.BASE] == ""
+    assert set(steps.CHOICES.values()) <= set(named.values())
 
 
 def test_pareto_runs_its_tasks_and_draws_both_figures(
