@@ -178,7 +178,8 @@ def _row(
     for response in responses:
         nbytes.update(response.usage.nbytes)
     unit = served.name
-    worst, distance = max((response.worst_layer for response in responses), key=lambda layer: layer[1])
+    worst = [response.worst_layer for response in responses if response.worst_layer is not None]
+    layer, distance = max(worst, key=lambda one: one[1], default=(None, None))
     return {
         "key": run.key(policy, unit),
         "policy": policy.name,
@@ -200,7 +201,7 @@ def _row(
         "full_nbytes": sum(response.usage.full_nbytes for response in responses),
         "size_percent_paper": policy.paper_size(geometry(loaded.model.config).head_dim),
         # from here on: what may differ where the same is computed again
-        "worst_layer": worst,
+        "worst_layer": layer,
         "layer_distance": distance,
         "allocated_nbytes": sum(response.usage.allocated_nbytes for response in responses),
         "peak_nbytes": _peak(loaded.model.device.type),

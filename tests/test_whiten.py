@@ -116,9 +116,11 @@ def biased(size: float) -> Any:
 def divergences(size: float, policies: list[Policy]) -> list[tuple[float, float]]:
     """Mean KL from the full cache over some continuations, and how far the worst layer's attention is moved."""
     asked = [Scoring(Prompt(tokens(200, seed=s), [7]), [tokens(24, seed=50 + s)]) for s in range(3)]
-    scores = Engine(biased(size), NO_END, 257).score(asked, [policy("full"), *policies])
+    run = Engine(biased(size), NO_END, 257)
+    run.measuring = True
+    scores = run.score(asked, [policy("full"), *policies])
     kl = [sum(s.continuations[0].fidelity.kl for s in of_policy) / len(asked) for of_policy in scores[1:]]
-    return list(zip(kl, [max(s.worst_layer[1] for s in of_policy) for of_policy in scores[1:]], strict=True))
+    return list(zip(kl, [max(s.worst_layer[1] for s in of_policy if s.worst_layer) for of_policy in scores[1:]], strict=True))
 
 
 def test_large_key_biases_ruin_uniform_quantization_and_not_this() -> None:

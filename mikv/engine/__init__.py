@@ -84,10 +84,12 @@ class Engine(Forward):
     """A model, and how it answers.
 
     watch: is told, again and again while prompts are served, which share of the work is done (0..1, an estimate).
+    measuring: whether responses tell their worst layer. `serve` measures its first batch: a look at all that is stored.
     """
 
     seconds: Seconds = field(default_factory=Seconds)
     watch: Callable[[float], None] = lambda _: None
+    measuring: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +130,7 @@ class Engine(Forward):
                     waiting.extendleft(reversed(batch.parts(fits)))
                     continue
                 self.watch = partial(_part, watch, done / every, len(batch.prompts) / every)
+                self.measuring = not done
                 responses = self._answered(batch, panel, fidelity)
                 if responses is None:
                     self._release()
@@ -139,6 +142,7 @@ class Engine(Forward):
                 watch(done / every)
                 yield gathering.add(batch, responses, self.take_seconds())
         finally:
+            self.measuring = False
             self.forget_prefix()
 
     def _answered(self, batch: Batch[Name], panel: Sequence[Policy], fidelity: bool) -> Sequence[Sequence[Response]] | None:
@@ -224,7 +228,8 @@ class Engine(Forward):
         self.watch(_PREFILLED)
         with self._timed("compress"):
             cache = self._compressed(state, prompts, panel)
-        return state, cache, worst_layers(cache, state)  # a measurement, and no part of the method: it is not timed
+        # a measurement, and no part of the method: it is not timed
+        return state, cache, worst_layers(cache, state) if self.measuring else []
 
     def _compressed(self, state: PrefillState, prompts: Sequence[Prompt], panel: Sequence[Policy]) -> CompressedCache:
         # a held-back last token belongs to the prompt; a hidden question is not known when budgets are fixed
@@ -277,7 +282,9 @@ class _Gathering(Generic[Name]):
 
 
 def _with(worst: Sequence[Sequence[tuple[int, float]]], responses: list[list[Any]]) -> list[list[Any]]:
-    """Responses, by policy and prompt, that say which layer was the worst."""
+    """Responses, by policy and prompt, that say which layer was the worst, where that was measured."""
+    if not worst:
+        return responses
     pairs = (zip(layers, own, strict=True) for layers, own in zip(worst, responses, strict=True))
     return [[replace(response, worst_layer=layer) for layer, response in of_policy] for of_policy in pairs]
 

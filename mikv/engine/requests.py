@@ -153,7 +153,7 @@ class Scores:
     continuations: list[Scored]
     compressed_tokens: float
     usage: Usage
-    worst_layer: tuple[int, float] = field(default=(0, 0.0), compare=False)
+    worst_layer: tuple[int, float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Generation:
     of the context were not at 16 bits when the first token was fed through the compressed cache (0 = the policy was not
     exercised); watched_tiers: share of the prompt's watched tokens by the bits at which they were held then ("0" = evicted),
     mean over layers and heads; fidelity: on the first policy's answer, where that was asked for; worst_layer: the layer in
-    which the attention of the context's last queries was moved most, and how far (mikv.cache.distance).
+    which the attention of the context's last queries was moved most, and how far (mikv.cache.distance), where it was measured.
     """
 
     tokens: list[int]
@@ -175,7 +175,7 @@ class Generation:
     usage: Usage
     watched_tiers: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity | None = None
-    worst_layer: tuple[int, float] = field(default=(0, 0.0), compare=False)
+    worst_layer: tuple[int, float] | None = field(default=None, compare=False)
 
 
 Response = Scores | Generation

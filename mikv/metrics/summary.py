@@ -111,7 +111,7 @@ def circumstances(samples: Sequence[Row]) -> Row:
         "batch_size": sorted({row["batch"][0] for row in samples}),
         "allocated_nbytes": fmean(row["allocated_nbytes"] for row in samples),
         "peak_nbytes": max((row["peak_nbytes"] for row in samples if row["peak_nbytes"] is not None), default=None),
-        **_worst_layer([row for row in samples if "worst_layer" in row]),
+        **_worst_layer([row for row in samples if row.get("worst_layer") is not None]),
     }
 
 

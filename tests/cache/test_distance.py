@@ -13,7 +13,7 @@ from torch import Tensor
 from mikv.cache.distance import attention_distance, worst_layers
 from mikv.config import compose, policy
 from mikv.engine import Engine
-from mikv.engine.requests import Prompt, Scoring
+from mikv.engine.requests import Prompt, Request, Scoring
 from mikv.policy import Policy
 from mikv.runner import execute
 
@@ -99,10 +99,22 @@ def test_behind_a_shared_prefix_the_distance_is_the_same() -> None:
 
 def test_every_response_tells_its_worst_layer_and_16_bits_have_none() -> None:
     panel = [policy("full"), policy("h2o", {"keep": 0.1}), policy("uniform", {"tier.bits": 1})]
-    scores = engine().score([Scoring(Prompt(tokens(60), [7]), [[1, 2]])], panel)
+    run = engine()
+    run.measuring = True
+    scores = run.score([Scoring(Prompt(tokens(60), [7]), [[1, 2]])], panel)
     (full,), (evicting,), (coarse,) = scores
     assert full.worst_layer == (0, 0.0)
-    assert all(0.1 < one.worst_layer[1] <= 1 for one in (evicting, coarse))
+    assert all(one.worst_layer is not None and 0.1 < one.worst_layer[1] <= 1 for one in (evicting, coarse))
+
+
+def test_a_run_measures_its_first_batch() -> None:
+    """It costs a look at all that is stored."""
+    run, panel = engine(), [policy("full"), policy("mikv")]
+    requests: dict[int, list[Request]] = {i: [Scoring(Prompt(tokens(60, seed=i), [7]), [[1, 2]])] for i in range(5)}
+    for _ in range(2):
+        told = [[one.responses[1][0].worst_layer is not None for one in some] for some in run.serve(requests, panel, 2, False)]
+        assert told == [[True] * 2, [False] * 2, [False]]
+    assert run.score([Scoring(Prompt([1, 2], [3]), [[4]])], panel)[1][0].worst_layer is None
 
 
 def test_a_policy_that_is_badly_off_is_warned_of_with_its_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
