@@ -85,7 +85,8 @@ class PolicyStore:
         self._rope, self._output_projection = state.rope, state.output_projection
         for tier in policy.tiers:
             tier.check(state.geometry.head_dim)
-        fits = next(one for one in Fits.of(state) if one.bank is bank) if fits is None else fits
+        if fits is None:  # a bank of the state, or one that was made of it
+            fits = next((one for one in Fits.of(state) if one.bank is bank), Fits(state, bank))
         stored = [tier for tier in policy.tiers if not tier.evicted]
         chains = {"keys": [tier.key for tier in stored], "values": [tier.value for tier in stored]}
         self.sides: Sides = fits.sides(chains, policy.sinks)
