@@ -58,8 +58,8 @@ def whiten(
     Args:
         low: all tokens that are in no better tier: k3v2 = keys at 3 bits, values at 2; 1 to 5 by codebook, 8 by a scale and a
             minimum, 16. A chain that is given in full is taken as it is, see mikv/quant/tier.py.
-        extra: bits of a key above those of `low`, mean over layers and heads, 0 to 2: given to the heads in which the code's
-            noise would disturb the attention most (mikv/head_bits.py).
+        extra: bits of a key above those of `low`, mean over layers and heads, 0 to 2 (1 where `low` has 4): given to the heads
+            in which the code's noise would disturb the attention most (mikv/head_bits.py).
         sinks: first tokens that stay at 16 bits.
         window: last tokens that are held in `newest` until they leave it.
         newest: the tier of the last tokens, as `low`.
@@ -96,7 +96,10 @@ def whiten(
     budget: Budget = above
     lowest = [tier_of(low)]
     if extra:
-        keys = range(lowest[0].k + 2, lowest[0].k - 1, -1)
+        least = lowest[0].k
+        if least >= _BOOK or lowest[0].key.transforms or not isinstance(lowest[0].key.code, Affine):
+            raise ValueError(f"extra={extra}: wanted a `low` whose keys are given by their bits, 1 to {_BOOK - 1}; it is {low}")
+        keys = range(min(least + 2, _BOOK), least - 1, -1)
         lowest = [Tier(key_bits=bits, value_bits=lowest[0].v) for bits in keys]
         budget = HeadBits(above, tuple(keys), extra)
     return Policy(

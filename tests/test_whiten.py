@@ -184,6 +184,16 @@ def test_sinks_without_room_are_not_known_to_stay() -> None:
     assert tight.in_order(1) is None
 
 
+def test_bits_by_head_go_up_to_the_largest_codebook() -> None:
+    assert [str(tier) for tier in whiten(4, extra=0.5).tiers[2:]] == ["k5v4", "4"]
+    assert [str(tier) for tier in whiten("k3v2", extra=0.5).tiers[2:]] == ["k5v2", "k4v2", "k3v2"]
+    with pytest.raises(ValueError, match=r"extra=1\.5: bits of keys, between 0 and 1"):
+        whiten(4, extra=1.5)
+    for low in (5, 8, 16, Tier(key=["rotate", "codebook2"], value=2)):
+        with pytest.raises(ValueError, match="whose keys are given by their bits, 1 to 4"):
+            whiten(low, extra=0.5)
+
+
 def test_tiers_are_ordered_by_their_bits_and_a_step_can_be_left_out() -> None:
     made = whiten("k3v2", newest=5, keep=0.1, high=8)
     assert [str(tier) for tier in made.tiers] == ["16", "8", "5", "k3v2"]
