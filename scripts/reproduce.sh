@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall)  # kept with its flipped samples
 # kept as summaries: all is to stay below 2 MB
-SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,front})
+SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,front,steps})
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -28,10 +28,12 @@ half=(task.limit=$(((LIMIT + 1) / 2)))  # twenty-three policies
 "$PYTHON" run.py panel=risk task=guardedrecall "${recall[@]}" name=recall-risk
 "$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity name=135m-fidelity
 "$PYTHON" run.py panel=front model=smollm2-135m task=fidelity batch_size=2 name=135m-front
+"$PYTHON" -m experiments.steps model=smollm2-135m task.limit=6 batch_size=2 name=135m-steps
 if [ -n "${QWEN:-}" ]; then
   qwen=(model=qwen2.5-7b model.name=qwen2.5-coder-0.5b model.path="$QWEN")
   "$PYTHON" run.py panel=front "${qwen[@]}" task=fidelity task.limit=4 batch_size=2 name=qwen-front
-  SMALL+=(qwen-front)
+  "$PYTHON" -m experiments.steps "${qwen[@]}" task.limit=3 batch_size=3 name=qwen-steps
+  SMALL+=(qwen-{front,steps})
 fi
 if [ -n "${DATA:-}" ]; then
   # short answers and no second decode for fidelity: fifteen policies on two cores
