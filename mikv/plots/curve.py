@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 # How strongly labels push each other away, and how far in one step, in pixels; one after the other until no label lies on
 # another: no single choice suits all figures.
-_PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (0.5, 5))
+_PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (1.2, 20), (2.0, 10), (0.5, 5))
 
 
 def curve_figure(rows: Sequence[Row]) -> Any:
