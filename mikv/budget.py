@@ -172,6 +172,10 @@ class PerLayer(Budget):
             raise ValueError(f"budget: factors={self.factors}: one for each layer, 0 or more")
 
     @property
+    def observer(self) -> Observer | None:
+        return self.budget.observer
+
+    @property
     def tiers(self) -> int | None:
         return self.budget.tiers
 
@@ -206,6 +210,10 @@ class AcrossHeads(Budget):
     def __post_init__(self) -> None:
         check_ratio("budget: least", self.least)
         object.__setattr__(self, "least", float(self.least))
+
+    @property
+    def observer(self) -> Observer | None:
+        return self.budget.observer
 
     @property
     def tiers(self) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Fits:
     """
 
     def __init__(self, state: PrefillState, bank: PrefillBank) -> None:
-        self._bank, self._rope = bank, state.rope
+        self.bank, self._rope = bank, state.rope
         self.all = [self]  # of the state's banks
         self._positions = state.lengths.positions(bank.keys.device)
         self._heads = state.geometry.query_heads // state.geometry.kv_heads
@@ -39,10 +41,6 @@ class Fits:
         for fits in made:
             fits.all = made
         return made
-
-    @property
-    def bank(self) -> PrefillBank:
-        return self._bank
 
     def sides(self, chains: dict[str, list[Chain]], skip: int) -> Sides:
         """Of all steps of some chains, `keys` and `values`.
@@ -75,46 +73,39 @@ class Fits:
             if type(step).after is Transform.after:
                 break
             known = chain.transforms[: i + 1]
-        sides: list[Side] = [self._side(("keys", known[: i + 1]), skip) for i in range(len(known))]
-        keys = self._bank.keys
-        real = (self._positions >= skip)[None, :, None, :, None]
         found = []
-        for layers in layer_chunks(keys.shape):
-            x, queries = keys[layers].float(), self._queries(layers)
-            where = Where(self._positions[None, :, None].expand(x.shape[:4]), self._rope)
-            for done, side in zip(known, sides, strict=True):
-                here = {name: tensor[layers] for name, tensor in side.items()}
-                x = done.apply(x, here, where)
-                after = done.after(queries, here)
-                assert after is not None
-                queries = after
-            square = x.square().masked_fill(~real, 0).sum(dim=(3, 4)) / real.sum(dim=(3, 4)).clamp(min=1)
-            found.append(queries.square.sum(dim=-1) * square / x.shape[-1] ** 2)
+        for sample in self._samples("keys", known, skip):
+            assert sample.queries is not None
+            real = sample.real[None, :, None, :, None]
+            square = sample.x.square().masked_fill(~real, 0).sum(dim=(3, 4)) / real.sum(dim=(3, 4)).clamp(min=1)
+            found.append(sample.queries.square.sum(dim=-1) * square / sample.x.shape[-1] ** 2)
         return torch.cat(found)
 
     def _fitted(self, what: str, transforms: tuple[Transform, ...], skip: int) -> Side:
         *before, step = transforms
-        fitted = [self._side((what, transforms[: i + 1]), skip) for i in range(len(before))]
-        exact, positions = self._bank.keys if what == "keys" else self._bank.values, self._positions
+        parts = [step.fit(sample) for sample in self._samples(what, tuple(before), skip)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _samples(self, what: str, steps: tuple[Transform, ...], skip: int) -> Iterator[Sample]:
+        """The prompts behind some steps, a few layers at a time."""
+        sides = [self._side((what, steps[: i + 1]), skip) for i in range(len(steps))]
+        exact, positions = self.bank.keys if what == "keys" else self.bank.values, self._positions
         if not exact.shape[3]:  # an empty prompt is one of padding: maxima of nothing are not defined
             exact = exact.new_zeros((*exact.shape[:3], 1, exact.shape[4]))
             positions = positions.new_full((len(positions), 1), -1)
-        real = positions >= skip
-        parts: list[Side] = []
         for layers in layer_chunks(exact.shape):
             x = exact[layers].float()
             where = Where(positions[None, :, None].expand(x.shape[:4]), self._rope)
             queries = self._queries(layers) if what == "keys" else None
-            for done, side in zip(before, fitted, strict=True):
+            for done, side in zip(steps, sides, strict=True):
                 here = {name: tensor[layers] for name, tensor in side.items()}
                 x = done.apply(x, here, where)
                 queries = None if queries is None else done.after(queries, here)
-            parts.append(step.fit(Sample(x, real, positions, queries, self._rope)))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            yield Sample(x, positions >= skip, positions, queries, self._rope)
 
     def _queries(self, layers: slice) -> Queries:
         count = (self._positions >= 0).sum(dim=-1).clamp(min=1) * self._heads
-        return Queries(self._bank.query_absmax[layers], self._bank.query_squares[layers] / count[None, :, None, None])
+        return Queries(self.bank.query_absmax[layers], self.bank.query_squares[layers] / count[None, :, None, None])
 
 
 def apply(chain: Chain, what: str, x: Tensor, sides: Sides, layers: slice, where: Where) -> Tensor:
