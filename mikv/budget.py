@@ -21,7 +21,7 @@ class Budget(Protocol):
 
     @property
     def observer(self) -> Observer | None:
-        """What it wants to have been watched during prefill (`Context.observed`), or None."""
+        """What it wants to have been watched during prefill (`observed` of `Context.everywhere`), or None."""
         return None
 
     @property
@@ -172,10 +172,6 @@ class PerLayer(Budget):
             raise ValueError(f"budget: factors={self.factors}: one for each layer, 0 or more")
 
     @property
-    def observer(self) -> Observer | None:
-        return self.budget.observer
-
-    @property
     def tiers(self) -> int | None:
         return self.budget.tiers
 
@@ -210,10 +206,6 @@ class AcrossHeads(Budget):
     def __post_init__(self) -> None:
         check_ratio("budget: least", self.least)
         object.__setattr__(self, "least", float(self.least))
-
-    @property
-    def observer(self) -> Observer | None:
-        return self.budget.observer
 
     @property
     def tiers(self) -> int | None:
