@@ -10,17 +10,20 @@ from experiments.ablations import table
 from experiments.base import arguments, run, show
 from mikv.cli import explained, quiet
 
-BASE = "whiten 2 + 0.5 extra + last 32 5"
+BASE = "whiten 2+0.5"
 CHOICES = {
     "centre=none": "keys not centred",
     "centre=after": "keys centred after RoPE",
     "balance=none": "no balancer",
     "balance=max": "the paper's balancer",
     "rotate=False": "no rotation",
+    "code=codebook": "each channel coded by itself",
     "sinks=0": "no exact sinks",
+    "none important": "no important tokens",
+    "2% random 8": "random tokens in their place",
+    "last 1 5": "new tokens coded at once",
     "last 32 4": "newest tokens at 4 bits",
-    "whiten 2 + last 32 5": "no bits by head",
-    "whiten 2 + 0.5 extra": "new tokens coded at once",
+    "whiten 2": "no bits by head",
 }
 
 

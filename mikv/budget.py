@@ -33,6 +33,10 @@ class Budget(Protocol):
         """So many tokens have room in the tiers up to this one, whatever the length is."""
         return 0
 
+    def only(self, tier: int) -> int | None:
+        """So many tokens a tier holds, whatever the length is and whoever asks; None where there is no such number."""
+        return None
+
     @property
     def tiers(self) -> int | None:
         """How many tiers it is for; None = any number."""
@@ -89,6 +93,9 @@ class Amounts(Budget):
 
     def room(self, tier: int) -> int:
         return sum(self.tokens[: tier + 1])
+
+    def only(self, tier: int) -> int | None:
+        return self.tokens[tier] if tier < len(self.tokens) and not self.shares[tier] else None
 
     @property
     def grows(self) -> bool:

@@ -63,6 +63,9 @@ class HeadBits(Budget):
     def room(self, tier: int) -> int:
         return self.above.room(tier)
 
+    def only(self, tier: int) -> int | None:
+        return self.above.only(tier)
+
     def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
         import torch
 

@@ -108,9 +108,22 @@ class Policy:
         """Whether every tier holds 16 bits: such a policy has nothing to exercise."""
         return all(tier.exact for tier in self.tiers)
 
+    @property
+    def settled(self) -> bool:
+        """Whether importance decides at the prompt alone: a tier of its own, right above the last ones, holds the last `window`
+        tokens, and quotas are the prompt's. A new token is one of the last and passes by the tiers above theirs, so that
+        those keep what the prompt gave them; what leaves the window is the oldest there."""
+        alone = self.budget.only(self.window_tier) == self.window > 0
+        return alone and self.window_tier == len(self.tiers) - self.budget.whole - 1 and not self.budget.grows
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores are needed after the prompt."""
+        return self.importance is not None and self.every > 0 and not self.settled
+
     def leaves(self, tier: int) -> bool:
         """Whether tokens may leave a tier after the prompt."""
-        return self.every > 0 and tier < len(self.tiers) - 1
+        return self.every > 0 and tier < len(self.tiers) - 1 and (tier >= self.window_tier or not self.settled)
 
     @property
     def observers(self) -> frozenset[Observer]:
@@ -120,10 +133,11 @@ class Policy:
 
     def in_order(self, tier: int) -> int | None:
         """First position of a tier (of a head that has tokens in it), where it takes in that token and all later ones in their
-        order; None where the order is another, or not known beforehand. Then nothing need be stored to know a token's position.
+        order, but for those that importance has kept above; None where the order is another, or not known beforehand. Then
+        nothing need be stored to know a token's position but those of the tiers above.
         """
         first = len(self.tiers) - self.budget.whole
-        if self.importance is not None or self.evicts or tier < first:
+        if (self.importance is not None and not self.settled) or self.evicts or tier < first:
             return None
         if not self.sinks or self.sinks_tier >= first:
             return 0

@@ -137,8 +137,9 @@ def pair_bytes(any_policy: Policy, index: int, count: int, dim: int) -> float:
     size = sum(numbers * chain.code.size(dim) / 8 for chain in (tier.key, tier.value) if chain.code is not None)
     moves = any_policy.leaves(index)
     implied = any_policy.in_order(index) is not None  # positions follow from the slots
-    size += 4 * count * ((moves or any_policy.positions == "contiguous" or tier.key.needs_positions) and not implied)
-    return size + 4 * count * (moves and any_policy.importance is not None)
+    kept = any_policy.importance is not None and any_policy.settled and index < any_policy.window_tier
+    size += 4 * count * ((moves or kept or any_policy.positions == "contiguous" or tier.key.needs_positions) and not implied)
+    return size + 4 * count * (moves and any_policy.scored)
 
 
 def side_bytes(any_policy: Policy, dim: int) -> int:

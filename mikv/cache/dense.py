@@ -193,7 +193,7 @@ class ByColumn(DenseReader):
 
     def _received(self, index: int, rows: slice) -> Received:
         store = self.stores[index]
-        if store.policy.importance is None:
+        if not store.policy.scored:
             return Received()
         mass = torch.stack([of_layer[rows] for of_layer in self._mass])
         tiers: list[Tensor | None] = []
@@ -247,7 +247,7 @@ class BySlot(DenseReader):
         return self._missing[layer]
 
     def _received(self, index: int, rows: slice) -> Received:
-        if self.stores[index].policy.importance is None:
+        if not self.stores[index].policy.scored:
             return Received()
         mass = torch.stack(self._mass)
         return Received([mass[..., 1:] if self._tier.with_scores else None], mass[..., 0])

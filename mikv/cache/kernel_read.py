@@ -43,14 +43,14 @@ class KernelReader(Reader):
             if store.policy.positions == "contiguous":
                 assert self._rope is not None
                 segments = _rotated(store, layer, segments, query.dtype, self._rope)
-            segments.append(_newest(keys[rows], values[rows], store.policy.importance is not None))
+            segments.append(_newest(keys[rows], values[rows], store.policy.scored))
             attention = pick.decode_attention(mine, segments, scaling, self._implementation)
             outs.append(attention.out)
             mass.append(attention.mass)
         return torch.cat(outs).unsqueeze(1)
 
     def _received(self, index: int, rows: slice) -> Received:
-        if self.stores[index].policy.importance is None:
+        if not self.stores[index].policy.scored:
             return Received()
         *tiers, newest = (_stacked(of_segment) for of_segment in zip(*self._mass[index], strict=True))
         assert newest is not None

@@ -28,6 +28,7 @@ from mikv.policy import Policy
 from mikv.tensors import layer_chunks, taken
 
 _POSITION_BYTES, _SCORE_BYTES = 4, 4
+_NO_POSITION = 2**40
 
 
 class Change(NamedTuple):
@@ -102,11 +103,10 @@ class PolicyStore:
         device = bank.keys.device
         quotas = self._quotas(context).to(device)
         assigned = assign(policy, scores, positions, self.seen.to(device), quotas)
-        self.tiers = [
-            self._build(index, bank, assigned == index, positions, scores)
-            for index, tier in enumerate(policy.tiers)
-            if not tier.evicted
-        ]
+        self.tiers: list[TierStore] = []
+        for index, tier in enumerate(policy.tiers):
+            if not tier.evicted:
+                self.tiers.append(self._build(index, bank, assigned == index, positions, scores))
 
     def score_prompt(self, state: PrefillState, bank: PrefillBank) -> Tensor | None:
         """Importance of the prompt's tokens, float32 [L, B, H, T], before any step; None for a policy without."""
@@ -167,7 +167,7 @@ class PolicyStore:
         return size + (_SCORE_BYTES if self._ranked_by_score(index) else 0)
 
     def _ranked_by_score(self, index: int) -> bool:
-        return self.policy.importance is not None and self.policy.leaves(index)
+        return self.policy.scored and self.policy.leaves(index)
 
     def _build(self, index: int, bank: PrefillBank, members: Tensor, positions: Tensor, scores: Tensor | None) -> TierStore:
         count = members.sum(dim=-1).cpu()
@@ -193,17 +193,32 @@ class PolicyStore:
             positions=self._positions_of(index),
             with_scores=self._ranked_by_score(index),
             first=self.policy.in_order(index) or 0,
+            kept=self._kept() if self.policy.importance is not None and self._in_slots(index) else None,
             rope=self._rope,
             packing=self._packing,
         )
+
+    def _kept(self) -> Tensor:
+        """Positions of the tokens that importance keeps, for good, in the tiers above the window's: int64 [L, B, H, n], rising,
+        behind them what is larger than any position."""
+        found = []
+        for tier in self.tiers[: self.policy.window_tier]:
+            positions = tier.positions()
+            held = (positions >= self.policy.sinks) & tier.used().to(positions.device)
+            found.append(positions.masked_fill(~held, _NO_POSITION))
+        return torch.cat(found, dim=-1).sort(dim=-1).values
+
+    def _in_slots(self, index: int) -> bool:
+        return self.policy.in_order(index) is not None and self.policy.positions == "original"
 
     def _positions_of(self, index: int) -> str:
         """What a tier must know of its tokens' positions, see TierStore: they rank the tokens that may leave it, re-indexing
         wants those of all, and so do transforms that turn with the position."""
         policy, tier = self.policy, self.policy.tiers[index]
-        if policy.in_order(index) is not None and policy.positions == "original":
+        if self._in_slots(index):
             return "slots"
-        if policy.leaves(index) or policy.positions == "contiguous" or tier.key.needs_positions:
+        keeps = policy.importance is not None and policy.settled and index < policy.window_tier  # others' follow from these
+        if keeps or policy.leaves(index) or policy.positions == "contiguous" or tier.key.needs_positions:
             return "stored"
         # which tokens were evicted is reported, if by nothing else than the positions of those that were not
         return "tracked" if self._track or policy.evicts else "unknown"
@@ -231,7 +246,10 @@ class PolicyStore:
         due = running & (self._steps % policy.every == 0)[None, :, None] if policy.every else torch.zeros_like(running)
         quotas = self._quotas(context) if len(policy.tiers) > 1 else None
         changes = []
+        by = policy.window_tier if policy.settled and bool((self.seen > policy.sinks).all()) else 0  # the token passes these by
         for index, tier in enumerate(self.tiers):
+            if index < by:
+                continue
             leaving = torch.zeros_like(arriving)
             if quotas is not None and index < len(quotas):
                 leaving = self._leaving(index, incoming, arriving, quotas[index], due)
@@ -249,13 +267,15 @@ class PolicyStore:
         importance = self.policy.importance
         assert importance is not None
         assert received.newest is not None
+        seen = context.seen.to(context.positions.device)[None, :, None, None]
         for tier, mass in zip(self.tiers, received.tiers, strict=True):
             scores = tier.scores()
             if scores is not None:
                 assert mass is not None
-                tier.set_scores(importance.update(scores, mass))
+                # of an unused slot whatever position lies there
+                tier.set_scores(importance.update(scores, mass, (seen - tier.positions()).clamp(min=1)))
         mass = received.newest[..., None]
-        return importance.update(importance.score(replace(context, mass=mass)), mass)
+        return importance.update(importance.score(replace(context, mass=mass)), mass, seen - context.positions)
 
     def _leaving(self, index: int, incoming: Pairs, arriving: Tensor, quota: Tensor, due: Tensor) -> Tensor:
         """How many tokens leave a tier, int64 [L, B, H]: those above its quota, in whole blocks of the tier below."""

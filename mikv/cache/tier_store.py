@@ -65,8 +65,10 @@ class TierStore:
         compute: dtype of the model.
         positions: `stored` where the policy needs them (to rank tokens, to re-index them, to undo a transform); `tracked` where
             only a dense copy does, which is a way to evaluate and no part of the cache: they are kept, and not counted; `slots`
-            where they follow from the slots: `first` and the slot's number; `unknown` where they are not needed.
+            where they follow from the slots: `first`, the slot's number, and `kept`; `unknown` where they are not needed.
         with_scores: scores must be stored (where a token can still be demoted).
+        first, kept: position of the first token, and those behind it that other tiers hold (and store), int64 [L, B, H, n],
+            rising, None = none.
         rope: of the model; None where its frequencies are not fixed.
         packing: which code quantizes and packs, see mikv.kernels.pick.
     """
@@ -81,6 +83,7 @@ class TierStore:
         positions: str,
         with_scores: bool,
         first: int = 0,
+        kept: Tensor | None = None,
         rope: Rope | None = None,
         packing: str = "reference",
     ) -> None:
@@ -88,6 +91,8 @@ class TierStore:
         self._positions, self._first, self.with_scores = positions, first, with_scores
         self._storage, self._rope, self._packing = storage_dtype(compute), rope, packing
         self.tier, self.sides = tier, sides
+        # the j-th that is kept elsewhere comes before all slots from kept - j on
+        self._passed = None if kept is None else (kept - torch.arange(kept.shape[-1], device=kept.device) - first).contiguous()
         self.count = count.clone()
         encoded: list[Parts] = []
         start = 0
@@ -114,8 +119,10 @@ class TierStore:
         if "positions" in self.parts:
             return self.parts["positions"][layers].squeeze(-1).long()
         assert self._positions == "slots", "this tier was made without positions"
-        shape = self._shape
-        return torch.arange(self._first, self._first + shape[3], device=self.device).expand(shape[:4])[layers]
+        slots = torch.arange(self.slots, device=self.device).expand(self._shape[:4])[layers]
+        if self._passed is None:
+            return self._first + slots
+        return self._first + slots + torch.searchsorted(self._passed[layers], slots.contiguous(), right=True)
 
     def scores(self) -> Tensor | None:
         """float32 [L, B, H, S], or None where none are stored."""
@@ -260,6 +267,7 @@ class TierStore:
         for name in self.parts:
             self.parts[name] = self.parts[name][:, there]
         self.count, self.sides = self.count[:, rows], sides
+        self._passed = None if self._passed is None else self._passed[:, there].contiguous()
 
     def nbytes(self) -> dict[str, Tensor]:
         """Bytes of the used slots by part, int64 [B]: slot bytes are those of the tensors that are stored."""

@@ -93,6 +93,7 @@ class Importance(Protocol):
         """Scores of tokens that are new (of a prompt, or of a step, before its mass is added): float32 [L, B, H, T]."""
         ...
 
-    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
-        """Scores after a step, given the attention that each token received in it (both float32, same shape)."""
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
+        """Scores after a step, given the attention that each token received in it, and how many queries could see it until
+        now, this step's included (float32, float32, int64, same shape)."""
         ...

@@ -1,4 +1,5 @@
-"""The scores that the project's policies use: accumulated attention and noise. (Recency is a policy without a score.)"""
+"""The scores that the project's policies use: attention accumulated, per query, or of late; noise. (Recency is a policy without
+a score.)"""
 
 from __future__ import annotations
 
@@ -77,8 +78,40 @@ class Accumulated:
             return context.observed
         return torch.zeros(context.positions.shape, dtype=torch.float32, device=context.positions.device)
 
-    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
         return scores + mass
+
+
+@dataclass(frozen=True)
+class PerQuery(Accumulated):
+    """Accumulated attention over the number of queries that could see the token: a sum favours what came early."""
+
+    def score(self, context: Context) -> Tensor:
+        return super().score(context) / (context.seen.to(context.positions.device)[:, None, None] - context.positions)
+
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
+        return scores + (mass - scores) / queries
+
+
+@dataclass(frozen=True)
+class Late(Accumulated):
+    """Attention of late: of the prompt's last queries (as in SnapKV, arXiv 2404.14469), which fades as new ones come.
+
+    Args:
+        last: so many queries; an older one's attention counts (1 - 1 / last)^age.
+    """
+
+    last: int = 32
+
+    def __post_init__(self) -> None:
+        ColumnSums(self.last)  # refuses what is no number of queries
+
+    @property
+    def observer(self) -> Observer:
+        return ColumnSums(self.last)
+
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
+        return scores * (1 - 1 / self.last) + mass
 
 
 @dataclass(frozen=True)
@@ -102,5 +135,5 @@ class Noise:
         x = x + positions * 0x2545F4914F6CDD1D + self.seed
         return ((uniform(x) * 2**24).floor() / 2**24).to(torch.float32)  # what float32 holds exactly
 
-    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
         return scores

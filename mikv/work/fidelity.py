@@ -18,8 +18,12 @@ from mikv.metrics.summary import Kind
 from mikv.models.load import Loaded, ModelSpec, load_tokenizer
 from mikv.work.base import Encoded, Row, Summary, Unit, Work, fidelity_row, unit_fidelity
 
-# The United States' Declaration of Independence and Constitution: public domain.
-DEFAULT_TEXT = Path(__file__).parent.parent / "texts" / "founding_documents.txt"
+_FOLDER = Path(__file__).parent.parent / "texts"
+TEXTS = {
+    "prose": _FOLDER
+    / "founding_documents.txt",  # the United States' Declaration of Independence and Constitution: public domain
+    "code": _FOLDER / "source_code.txt",  # modules of this package
+}
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class TextFidelity:
     """Windows of a text, one after the other, without overlap.
 
     Args:
-        text: a UTF-8 text file; null = a public-domain text that comes with the project.
+        text: prose or code, which come with the project, or a UTF-8 text file.
         context: tokens that are prefilled and compressed (the last of them is held back and fed first).
         tail: tokens after them that are fed and compared.
     """
 
     name: ClassVar[str] = "fidelity"
 
-    text: str | None = None
+    text: str = "prose"
     context: int = 512
     tail: int = 128
 
@@ -43,11 +47,11 @@ class TextFidelity:
             if value < least:
                 raise ValueError(f"task.{name}={value}: at least {least}")
         if not self._file.is_file():
-            raise FileNotFoundError(f"task.text={self.text}: there is no such file")
+            raise FileNotFoundError(f"task.text={self.text}: there is no such file; wanted one, or {' or '.join(TEXTS)}")
 
     @property
     def _file(self) -> Path:
-        return DEFAULT_TEXT if self.text is None else Path(self.text).expanduser()
+        return TEXTS.get(self.text) or Path(self.text).expanduser()
 
     def identity(self) -> dict[str, Any]:
         text = content_fingerprint(self._file)

@@ -204,7 +204,7 @@ class Watching:
         self.seen.append(context)
         return torch.zeros(context.positions.shape)
 
-    def update(self, scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    def update(self, scores: torch.Tensor, mass: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         return scores
 
 

@@ -13,7 +13,7 @@ def test_ten_thousand_small_increments_still_count() -> None:
     """fp16 sums swallow them (trap T24)."""
     scores, mass = torch.full((1, 1, 1, 1), 4000.0), torch.full((1, 1, 1, 1), 0.1)
     for _ in range(10_000):
-        scores = Accumulated().update(scores, mass)
+        scores = Accumulated().update(scores, mass, torch.ones(1, 1, 1, 1))
     assert scores.dtype == torch.float32
     assert abs(scores.item() - 5000) < 1
 

@@ -32,7 +32,7 @@ class Pooled:
         pooled = torch.nn.functional.max_pool1d(flat, self.kernel, stride=1, padding=self.kernel // 2)
         return pooled[:, 0].view(context.observed.shape)
 
-    def update(self, scores: Tensor, mass: Tensor) -> Tensor:
+    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
         return scores
 
 

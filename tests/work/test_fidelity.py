@@ -12,14 +12,14 @@ from mikv.engine.requests import Scoring
 from mikv.models.load import ModelSpec, load
 from mikv.records import read_rows
 from mikv.runner import RunError, execute
-from mikv.work.fidelity import DEFAULT_TEXT, TextFidelity
+from mikv.work.fidelity import TEXTS, TextFidelity
 
 MODEL = ModelSpec("tiny-random")
 
 
 def text(tmp_path: Path, characters: int = 400) -> str:
     file = tmp_path / "text.txt"
-    file.write_text(DEFAULT_TEXT.read_text(encoding="utf-8")[:characters], encoding="utf-8")
+    file.write_text(TEXTS["prose"].read_text(encoding="utf-8")[:characters], encoding="utf-8")
     return str(file)
 
 
@@ -101,7 +101,7 @@ def test_a_window_longer_than_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_same_text_elsewhere_is_the_same_task(tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
-    copy.write_bytes(DEFAULT_TEXT.read_bytes())
+    copy.write_bytes(TEXTS["prose"].read_bytes())
     assert TextFidelity(str(copy)).identity() == TextFidelity().identity()
     copy.write_text(copy.read_text() + "more")
     assert TextFidelity(str(copy)).identity() != TextFidelity().identity()

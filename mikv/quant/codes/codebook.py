@@ -40,13 +40,10 @@ class Codebook(Code):
 
         from mikv.quant.packing import pack
 
-        y = y.float()
+        norm, unit = norm_per_vector(y)
         levels = torch.tensor(centroids(self.bits), device=y.device)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        unit = y * (y.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny))
         codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
-        length = torch.linalg.vector_norm(levels[codes], dim=-1, keepdim=True)
-        return {"codes": pack(codes.to(torch.uint8), self.bits), "norm": (norm / length).clamp(max=_LIMIT).half()}
+        return {"codes": pack(codes.to(torch.uint8), self.bits), "norm": stored_norm(norm, levels[codes])}
 
     def decode(self, parts: Parts) -> Tensor:
         import torch
@@ -59,6 +56,22 @@ class Codebook(Code):
 
     def size(self, head_dim: int) -> float:
         return self.bits + 16 / head_dim
+
+
+def norm_per_vector(y: Tensor) -> tuple[Tensor, Tensor]:
+    """|y| and sqrt(D) y / |y|, float32 [..., 1] and [..., D]."""
+    import torch
+
+    y = y.float()
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return norm, y * (y.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def stored_norm(norm: Tensor, levels: Tensor) -> Tensor:
+    """n / |c| in FP16, [..., 1]. levels: c, [..., D]."""
+    import torch
+
+    return (norm / torch.linalg.vector_norm(levels, dim=-1, keepdim=True)).clamp(max=_LIMIT).half()
 
 
 @cache
