@@ -65,7 +65,7 @@ def test_the_noise_that_is_foretold_is_that_of_the_logits(
     (bank,) = state.banks
     chain = chain_of(["centre", "balance/rms", "rotate", "codebook2"])
     foretold = Fits(state, bank).key_noise(chain, 4)[:, 0] * 0.117  # what two bits of the codebook leave
-    store = run.compress(state, [whiten(2, window=0)]).banks[0].stores[0]
+    store = run.compress(state, [whiten(2, window=0, keep=0.0, code="codebook")]).banks[0].stores[0]
     _, (_, _, keys, _) = store.read()
     error = keys[:, 0] - bank.keys[:, 0, :, 4:].float()
     group = query_heads // kv_heads
@@ -84,12 +84,12 @@ def test_each_head_holds_its_tokens_at_its_own_bits_and_bytes_follow(monkeypatch
 
     monkeypatch.setattr(PolicyStore, "_settle", counting)
     run = engine(layers=3)
-    plain, more = whiten(2, window=6), whiten(2, extra=0.5, window=6)
+    plain, more = whiten(2, window=6, keep=0.0), whiten(2, extra=0.5, window=6, keep=0.0)
     state = run.prefill([tokens(60), tokens(33, seed=1)], more.observers)
     cache = run.compress(state, [plain, more])
     for step in range(5):
         run.step(cache, torch.full((4,), step), torch.tensor([60, 33] * 2) + step, torch.ones(4, dtype=torch.bool))
-    assert len(widths) == 5 * (3 + 5)  # steps, tiers of both policies
+    assert len(widths) == 5 * (2 + 4)  # steps, tiers of both policies from the window's on
     assert all(width == {1} for width in widths)  # a step handles one token, also where it passes tiers that hold many
     two = cache.banks[0].stores[1]
     counts = torch.stack([tier.count for tier in two.tiers])
@@ -102,7 +102,7 @@ def test_each_head_holds_its_tokens_at_its_own_bits_and_bytes_follow(monkeypatch
     assert (bits.sum(dim=(0, 2)) == 2 * 6 + 3).all()  # half a bit for each of six heads
     more_bytes = [b.nbytes["codes"] - a.nbytes["codes"] for a, b in zip(cache.usage()[:2], cache.usage()[2:], strict=True)]
     assert more_bytes == [3 * 55 * 16 // 8, 3 * 28 * 16 // 8]
-    assert all(u.nbytes["positions"] == 4 * (4 + 6) * 6 for u in cache.usage())  # all others follow from the slots
+    assert all(u.nbytes["positions"] == 4 * 6 * 6 for u in cache.usage())  # all but the window's follow from the slots
     for tier in two.tiers[2:]:
         for place in product(range(3), range(2), range(2)):
             held = tier.positions()[place][: tier.count[place]]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import engine, tokens
+from torch import Tensor
 
-from mikv.importance.base import Context
-from mikv.importance.scores import Accumulated, Noise
+from mikv.budget import Amounts
+from mikv.cache.policy_store import Change, Received
+from mikv.importance.base import Context, Importance
+from mikv.importance.scores import Accumulated, ColumnSums, Late, Noise, PerQuery
+from mikv.policy import Policy
+from mikv.quant.tier import Tier
 
 
 def test_ten_thousand_small_increments_still_count() -> None:
@@ -75,3 +81,50 @@ def test_random_importance_differs_between_prompts() -> None:
     rows = run.prefill([tokens(20), tokens(20, seed=1)]).prompts
     assert rows[0] != rows[1]
     assert run.prefill([tokens(20, seed=1)]).prompts[0] == rows[1]
+
+
+def all_kept(score: Importance) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Scores of a prompt of 30 and of 12 more tokens, positions alike, and the steps' attention, of a cache that keeps all."""
+    run = engine()
+    policy = Policy("all", "all", (Tier(16), Tier(2)), Amounts((1.0,)), score)
+    state = run.prefill([tokens(30)], policy.observers)
+    cache = run.compress(state, [policy])
+    (store,) = cache.banks[0].stores
+    masses, step = [], store.step
+
+    def watched(keys: Tensor, values: Tensor, received: Received, active: Tensor) -> list[Change]:
+        assert received.newest is not None
+        held = received.tiers[0]
+        assert held is not None
+        masses.append(torch.cat((held[..., : int(store.tiers[0].count[0, 0, 0])], received.newest[..., None]), dim=-1))
+        return step(keys, values, received, active)
+
+    store.step = watched  # type: ignore[method-assign]
+    for new in range(12):
+        run.step(cache, torch.tensor([new]), torch.tensor([30 + new]), torch.tensor([True]))
+    used = int(store.tiers[0].count[0, 0, 0])
+    scores = store.tiers[0].scores()
+    assert scores is not None
+    return scores[..., :used], store.tiers[0].positions()[..., :used], masses
+
+
+def test_attention_per_query_is_what_was_received_over_the_queries_that_could_see_the_token() -> None:
+    total, positions, _ = all_kept(Accumulated())
+    mean, same, _ = all_kept(PerQuery())
+    assert torch.equal(positions, same)
+    assert positions[0, 0, 0].tolist() == list(range(42))
+    assert torch.allclose(mean, total / (42 - positions), rtol=1e-4, atol=1e-6)
+
+
+def test_late_attention_is_that_of_the_prompts_last_queries_and_fades() -> None:
+    score = Late(last=8)
+    found, _, masses = all_kept(score)
+    run = engine()
+    wanted = run.prefill([tokens(30)], {ColumnSums(8)}).banks[0].observed[ColumnSums(8)]
+    for mass in masses:
+        wanted = torch.cat((wanted, torch.zeros_like(wanted[..., :1])), dim=-1) * (1 - 1 / 8) + mass
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    group = run.geometry.query_heads // run.geometry.kv_heads
+    assert wanted.sum(dim=-1).max() < group * 8.001  # about as much as eight queries give
+    with pytest.raises(ValueError, match="sees nothing"):
+        Late(last=0)
