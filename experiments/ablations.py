@@ -6,7 +6,7 @@ python -m experiments.ablations model=smollm2-135m task=fidelity
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from experiments.base import ADJUSTED, adjusted, arguments, compare, run, show
@@ -24,8 +24,9 @@ CHOICES = {
 }
 
 
-def table(results: Results, base: str = BASE, choices: Mapping[str, str] = CHOICES) -> Any:
-    """Each variant against the base (a label), sample by sample. choices: what a part of a label stands for."""
+def table(results: Results, base: str = BASE, choices: Mapping[str, str] = CHOICES, only: Collection[str] | None = None) -> Any:
+    """Each variant against the base (a label), sample by sample. choices: what a part of a label stands for; only: labels that
+    are shown, None = all."""
     from rich.table import Table
 
     first = results.summary[0]
@@ -38,10 +39,11 @@ def table(results: Results, base: str = BASE, choices: Mapping[str, str] = CHOIC
         shown.add_column(name)
     for name in (first["metric"], "change", "p", "kl", "size %"):
         shown.add_column(name, justify="right", no_wrap=True)
-    labels = [row["label"] for row in results.summary if row["label"] not in (base, "full")]
+    rows = [row for row in results.summary if only is None or row["label"] in only]
+    labels = [row["label"] for row in rows if row["label"] not in (base, "full")]
     changes = {label: change for label in labels if (change := compare(results, label, base)) is not None}
     tests = adjusted({label: change.p for label, change in changes.items()})
-    for row in results.summary:
+    for row in rows:
         label = row["label"]
         change = changes.get(label)
         shown.add_row(

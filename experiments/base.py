@@ -7,6 +7,7 @@ command line go to both: `python -m experiments.table1 model=llama2-7b task.limi
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from mikv.cli import explained, quiet
 from mikv.metrics.paired import Paired, holm, paired
 from mikv.metrics.summary import clusters_of
-from mikv.results import Results, read_results
+from mikv.results import Results, panel_of, read_results
 
 Row = dict[str, Any]
 
@@ -29,6 +30,43 @@ def finish(experiment: str, *overrides: str) -> Path:
     composed = compose(f"experiment={experiment}", *overrides)
     execute(composed)
     return composed.folder()
+
+
+def folders(panel: str, experiment: str, tasks: Sequence[str], arguments: Sequence[str] | None) -> tuple[list[Path], Path]:
+    """Of an experiment that shows several runs of a panel together: the runs' folders, and where figures go.
+
+    tasks: overrides of each task that it is made of, for --run.
+    """
+    parser = ArgumentParser(
+        prog=f"python -m experiments.{experiment}",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help=f"folders of runs; none = every run of panel={panel} under --records"
+    )
+    parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
+    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where figures and tables go")
+    parser.add_argument(
+        "--run", nargs="+", metavar="OVERRIDE", help=f"run {', '.join(tasks)} with these overrides, and show them"
+    )
+    options = parser.parse_args(arguments)
+    if options.run:
+        quiet()
+        with explained():
+            found = [finish(experiment, *task.split(), *options.run) for task in tasks]
+    else:
+        found = options.runs or [
+            file.parent for file in sorted(options.records.glob("*/summary.jsonl")) if panel_of(file.parent) == panel
+        ]
+    if not found:
+        print(
+            f"error: no run of panel={panel} is under {options.records}: python run.py panel={panel} {tasks[0]}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return found, options.out
 
 
 def run(experiment: str, *overrides: str) -> Results:

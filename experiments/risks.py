@@ -12,18 +12,16 @@ test. The figure has a panel per risk, a line per policy.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.base import finish
-from mikv.cli import explained, quiet
+from experiments.base import folders
+from mikv.cli import explained
 from mikv.plots import risk_grid
-from mikv.results import panel_of, read_results
+from mikv.results import read_results
 
 Row = dict[str, Any]
 
@@ -37,11 +35,6 @@ def budget(size_percent: float) -> int | None:
     """The budget that a cache of this size fits and uses: at least four fifths of it, and at most 8 % more (bits come in
     steps: uniform quantization has no size between)."""
     return next((b for b in BUDGETS if 0.8 * b <= size_percent <= 1.08 * b), None)
-
-
-def runs_of(out: Path, panel: str) -> list[Path]:
-    """Folders under `out` that hold finished runs of a panel."""
-    return [summary.parent for summary in sorted(out.glob("*/summary.jsonl")) if panel_of(summary.parent) == panel]
 
 
 def risks(summary: Sequence[Row]) -> Iterator[Row]:
@@ -124,34 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     matplotlib.use("Agg")
-    parser = argparse.ArgumentParser(prog="python -m experiments.risks", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none = every run of panel=risk under --records")
-    parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of all runs")
-    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="where the figure and the table go")
-    parser.add_argument("--run", nargs="+", metavar="OVERRIDE", help="run the three suites with these overrides, and show them")
-    options = parser.parse_args(arguments)
-    if options.run:
-        quiet()
-        with explained():
-            folders = [finish("risks", f"task={suite}", *options.run) for suite in SUITES]
-    else:
-        folders = options.runs or runs_of(options.records, "risk")
+    runs, out = folders("risk", "risks", [f"task={suite}" for suite in SUITES], arguments)
     with explained():
-        rows = [row for folder in folders for row in risks(read_results(folder).summary)]
+        rows = [row for folder in runs for row in risks(read_results(folder).summary)]
     if not rows:
-        print(
-            f"error: no run of panel=risk with a risk is under {options.records}: python run.py panel=risk task=safety",
-            file=sys.stderr,
-        )
+        print("error: these runs measured no risk", file=sys.stderr)
         raise SystemExit(2)
-    options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=190)
     for model, question in dict.fromkeys((row["model"], row["question"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["question"]) == (model, question)]
         console.print(table(mine))
-        name = options.out / (f"risks-{model}" + ("" if question == "visible" else f"-{question}"))
+        name = out / (f"risks-{model}" + ("" if question == "visible" else f"-{question}"))
         pd.DataFrame(mine).to_csv(name.with_suffix(".csv"), index=False)
         risk_grid(mine, f"{model}, question {question}").savefig(name.with_suffix(".png"), dpi=150)
         print(f"table    {name}.csv (all rows and columns)\nfigure   {name}.png")

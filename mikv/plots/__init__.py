@@ -2,6 +2,7 @@
 
 from mikv.plots.curve import curve_figure
 from mikv.plots.depth import save_depth_maps
+from mikv.plots.dots import dot_grid
 from mikv.plots.grid import curve_grid
 from mikv.plots.inside import channel_errors, importance_map, outlier_channels, tier_map
 from mikv.plots.risks import risk_grid
@@ -11,6 +12,7 @@ __all__ = [
     "channel_errors",
     "curve_figure",
     "curve_grid",
+    "dot_grid",
     "importance_map",
     "outlier_channels",
     "risk_grid",

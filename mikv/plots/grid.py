@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from mikv.metrics.pareto import pareto_front
@@ -11,7 +12,7 @@ from mikv.plots.style import literal, look
 Row = Mapping[str, Any]
 
 
-def curve_grid(rows: Sequence[Row], title: str) -> Any:
+def curve_grid(rows: Sequence[Row], title: str, columns: int | None = None, sizes: tuple[float, float] = (0, 104)) -> Any:
     """A figure with a row of panels per model, a column per task.
 
     rows: model, task, policy, size_percent, measure (its name), value, ci95 (two numbers or None), n, lower_is_better; of one
@@ -19,36 +20,42 @@ def curve_grid(rows: Sequence[Row], title: str) -> Any:
 
     A marker is a policy's point; its line is the best that the policy reaches within so many bytes, with the 95 % interval of
     that point as a band. The dashed line is the Pareto front of all.
+
+    columns: panels in the order of rows instead, so many side by side; sizes: what is shown of the axis, in per cent.
     """
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     models, tasks = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "task"))
+    panels = [(model, task) for model in models for task in tasks]
+    if columns is not None:
+        panels = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
+    wide = columns or len(tasks)
+    high = -(-len(panels) // wide)
     figure, axes = plt.subplots(
-        len(models),
-        len(tasks),
-        figsize=(1.0 + 4.6 * len(tasks), 1.3 + 3.4 * len(models)),
+        high,
+        wide,
+        figsize=(1.0 + 4.6 * wide, 1.3 + 3.4 * high),
         squeeze=False,
         layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06),
     )
-    for line, model in enumerate(models):
-        for column, task in enumerate(tasks):
-            ax, mine = axes[line, column], [row for row in rows if (row["model"], row["task"]) == (model, task)]
-            if mine:
-                _panel(ax, mine)
-                n = ", ".join(map(str, sorted({row["n"] for row in mine})))  # several where runs of a task are put together
-                ax.set_title(literal(f"{model} · {task} (n = {n})"), fontsize=10)
-            else:
-                ax.set_axis_off()
+    for ax, panel in zip_longest(axes.flat, panels):
+        mine = [row for row in rows if (row["model"], row["task"]) == panel]
+        if mine:
+            _panel(ax, mine, sizes)
+            n = ", ".join(map(str, sorted({row["n"] for row in mine})))  # several where runs of a task are put together
+            ax.set_title(literal(f"{panel[0]} · {panel[1]} (n = {n})"), fontsize=10)
+        else:
+            ax.set_axis_off()
     for ax in axes[-1]:
         ax.set_xlabel("cache size, % of the 16-bit cache's bytes")
     figure.suptitle(literal(title), fontsize=11)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 * len(tasks), fontsize=9, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 * wide, fontsize=9, frameon=False)
     return figure
 
 
-def _panel(ax: Any, rows: Sequence[Row]) -> None:
+def _panel(ax: Any, rows: Sequence[Row], sizes: tuple[float, float]) -> None:
     first = rows[0]
     if first["measure"] == "kl":
         rows = [row for row in rows if row["value"] > 0]
@@ -60,7 +67,7 @@ def _panel(ax: Any, rows: Sequence[Row]) -> None:
         [row["size_percent"] for row in front], [row["value"] for row in front],
         "--", color="#555555", linewidth=1, zorder=1, label="Pareto front",
     )  # fmt: skip
-    ax.set_xlim(0, 104)
+    ax.set_xlim(*sizes)
     if all(0 <= row["value"] <= 1 for row in rows) and not first["lower_is_better"]:
         ax.set_ylim(-0.04, 1.04)
     unit = ", nats per token" if first["measure"] in ("kl", "nll_change") else ""

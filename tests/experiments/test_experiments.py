@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from experiments import steps
+from experiments import front, steps
 from experiments.base import adjusted, compare, paper_table, percent, points
 from experiments.risks import BUDGETS, budget, risks
 from experiments.risks import table as risk_table
@@ -21,6 +21,7 @@ from mikv.config import CONF, compose
 from mikv.models.tiny import byte_tokenizer, tiny_config, tiny_model
 from mikv.plots import risk_grid
 from mikv.results import Results
+from mikv.runner import execute
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 SHORT = ["task.limit=3", "batch_size=4"]
@@ -81,6 +82,68 @@ def test_every_step_of_our_policy_has_a_row_that_says_what_is_left_out(
     named = {cells[2]: cells[1] for cells in lines if len(cells) == 9}
     assert named[steps.BASE] == ""
     assert set(steps.CHOICES.values()) <= set(named.values())
+
+
+@pytest.fixture(scope="module")
+def seen_runs(model: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two short runs of each of the panels that are shown together."""
+    out = tmp_path_factory.mktemp("runs")
+    for name in ("front", "importance"):
+        for text in ("prose", "code"):
+            options = [f"task.text={text}", "task.context=60", "task.tail=4", "task.limit=2", f"out={out}"]
+            execute(compose(f"experiment={name}", *model, *options))
+    return out
+
+
+@pytest.mark.parametrize("name", ["front", "importance"])
+def test_runs_of_a_panel_are_shown_together(
+    name: str, seen_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the values of their records; texts by their names; into one figure."""
+    program(name, "--records", str(seen_runs), "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+    mine = [folder for folder in seen_runs.iterdir() if name in folder.name]
+    assert len(mine) == 2
+    rows = [json.loads(line) for folder in mine for line in (folder / "summary.jsonl").read_text().splitlines()]
+    shown = [row for row in rows if row["policy"] != "full" or name == "front"]
+    for row in shown:
+        assert f"{row['label']} " in printed
+        assert f"{row['value']:.3g}" in printed
+    if name == "front":
+        assert "fidelity prose" in printed
+        assert "fidelity code" in printed
+    else:
+        assert printed.count("none; 1.55 more key bits") == 2
+
+
+def test_a_rival_has_as_many_bytes_or_up_to_a_quarter_more() -> None:
+    def row(policy: str, size: float, value: float, lower: bool = True) -> dict[str, Any]:
+        return {"policy": policy, "label": f"{policy} {size}", "size_percent": size, "value": value, "lower_is_better": lower}
+
+    rows = [
+        row("full", 100, 0),
+        row("whiten", 20, 0.1),
+        row("a", 19.9, 0.01),
+        row("b", 20, 0.9),
+        row("c", 25, 0.4),
+        row("d", 25.1, 0),
+    ]
+    found = front.rival(rows[1], rows)
+    assert found is not None
+    assert found["label"] == "c 25"
+    scores = [{**r, "lower_is_better": False} for r in rows]
+    best = front.rival(scores[1], scores)
+    assert best is not None
+    assert best["label"] == "b 20"
+    assert front.rival(row("whiten", 30, 0.1), rows) is None
+
+
+def test_no_run_of_a_panel_ends_with_the_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program("front", "--records", str(tmp_path))
+    assert ended.value.code == 2
+    assert "python run.py panel=front task=fidelity" in capsys.readouterr().err
 
 
 def test_pareto_runs_its_tasks_and_draws_both_figures(
@@ -252,7 +315,7 @@ def test_every_experiment_says_what_it_is_and_answers_a_slip(name: str) -> None:
     told = said("--help")
     assert told.returncode == 0, told.stderr
     assert f"python -m experiments.{name}" in told.stdout
-    slip = said(*(["--run"] if name == "risks" else []), "policy.kep=0.1")
+    slip = said(*(["--run"] if name in ("risks", "front", "importance") else []), "policy.kep=0.1")
     assert slip.returncode == 2
     assert "Traceback" not in slip.stderr
     assert "did you mean policy.keep?" in slip.stderr

@@ -9,7 +9,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from mikv.plots import curve_grid
+from mikv.plots import curve_grid, dot_grid
 
 
 def row(policy: str, size: float, value: float, **more: Any) -> dict[str, Any]:
@@ -52,6 +52,34 @@ def test_a_divergence_is_logarithmic_and_leaves_out_what_is_0() -> None:
     assert ax.get_yscale() == "log"
     assert ax.get_ylabel() == "kl, nats per token, lower is better"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mikv", "h2o", "Pareto front"]
+
+
+def test_panels_may_come_in_the_order_of_the_rows() -> None:
+    """So many side by side, none for a pair of model and task that there is not; of the axis what is asked for."""
+    rows = [*ROWS, row("full", 100, 0.9, model="small", task="letters")]
+    figure = curve_grid(rows, "title", columns=2, sizes=(10, 50))
+    titles = [ax.get_title().split(" (")[0] for ax in figure.axes if ax.axison]
+    assert titles == ["tiny · digits", "tiny · letters", "small · letters"]
+    assert figure.axes[0].get_xlim() == (10, 50)
+    assert len({ax.get_subplotspec().rowspan.start for ax in figure.axes}) == 2
+
+
+def test_ways_stand_in_lines_with_the_first_ones_level() -> None:
+    ways = [
+        row("a", 20, value, group=group, name=name)
+        for group, name, value in (("g", "x", 0.5), ("g", "y", 0.2), ("h", "z", 0.4))
+    ]
+    other = row("a", 20, 0.3, task="letters", group="g", name="y")  # a panel that lacks some of them
+    figure = dot_grid([*ways, other], "title")
+    ax, second = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y", "z"]
+    points = [[float(x) for x in line.get_data()[0]] for line in ax.lines if line.get_marker() == "o"]
+    assert points == [[0.5], [0.2], [0.4]]
+    assert [list(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "--"] == [[0.5, 0.5], [0.4, 0.4]]
+    assert [list(line.get_ydata()) for line in second.lines if line.get_marker() == "o"] == [[1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["g", "h"]
+    (spread,) = [c.get_segments() for c in ax.collections[:1]]
+    assert [float(x) for x in spread[0][:, 0]] == [0.25, 1.0]
 
 
 def test_labels_lie_on_nothing() -> None:
