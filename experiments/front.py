@@ -42,7 +42,7 @@ def points(runs: Sequence[Path]) -> list[Row]:
 
 
 def rival(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The best policy of another make with as many bytes as this point, or up to a quarter more; None where there is none."""
+    """The best policy of another make with as many bytes, or up to a quarter more; None where there is none."""
     others = [r for r in rows if r["policy"] not in (OURS, "full")]
     able = [r for r in others if 1 <= r["size_percent"] / row["size_percent"] <= MORE]
     return min(able, key=lambda r: r["value"] if r["lower_is_better"] else -r["value"], default=None)
