@@ -55,7 +55,7 @@ def table(rows: Sequence[Row]) -> Any:
     first = rows[0]
     shown = Table(
         title=f"{first['model']} · {first['task']} · n = {first['n']}",
-        caption=f"{first['measure']} with 95 % interval; size: bytes counted from stored tensors; best rival: of as many bytes, "
+        caption=f"{first['measure']} with 95 % interval; size: bytes counted from tensors; best rival: of as many bytes, "
         "or up to a quarter more, and how many times as much it loses (divergence, or accuracy below the full cache's)",
     )
     shown.add_column("policy", no_wrap=True)
