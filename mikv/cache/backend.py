@@ -15,11 +15,12 @@ from mikv.kernels import pick
 from mikv.kernels.segments import PACKED_BITS
 from mikv.options import IMPLEMENTATIONS, READERS, check_choice
 from mikv.policy import Policy
+from mikv.quant.base import Code
 from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.codebook import Codebook
 from mikv.quant.codes.exact import Exact
+from mikv.quant.codes.trellis import Trellis
 from mikv.quant.tier import Tier
-from mikv.quant.transforms.balance import Balance
-from mikv.quant.transforms.rotate import Rotate
 
 
 class Backend(NamedTuple):
@@ -36,7 +37,7 @@ class Backend(NamedTuple):
 
     def reader_of(self, policy: Policy) -> str:
         """The reader that serves a policy: what the kernels can't read is unpacked at each step."""
-        if self.reader != "kernel" or all(_served(tier, self.attention) for tier in policy.tiers if not tier.evicted):
+        if self.reader != "kernel" or all(_served(tier) for tier in policy.tiers if not tier.evicted):
             return self.reader
         return "packed"
 
@@ -46,15 +47,20 @@ class Backend(NamedTuple):
         return {"attention": self.attention or "cpu"} if self.reader == "kernel" else {}
 
 
-def _served(tier: Tier, implementation: str | None) -> bool:
+def _served(tier: Tier) -> bool:
     """Whether the kernels read a tier: codes that they know, in groups of one size, behind transforms that can be folded."""
     codes = [chain.code for chain in (tier.key, tier.value)]
-    affine = [code for code in codes if isinstance(code, Affine)]
-    if any(code.bits not in PACKED_BITS for code in affine) or len(affine) + sum(isinstance(c, Exact) for c in codes) < 2:
+    if not all(_known(code) for code in codes):
         return False
-    groups = {code.group for code in affine}
-    folded = {type(step) for step in tier.key.transforms}
-    return len(groups) < 2 and (implementation != "triton" or (folded <= {Balance, Rotate} and not tier.value.transforms))
+    coded = [code for code in codes if not isinstance(code, Exact)]
+    groups = {code.group if isinstance(code, Affine) else 0 for code in coded}  # 0: one scale per vector
+    return len(groups) < 2
+
+
+def _known(code: Code | None) -> bool:
+    if isinstance(code, Affine):
+        return code.bits in PACKED_BITS
+    return isinstance(code, Codebook | Exact | Trellis)
 
 
 def decide(

@@ -17,6 +17,11 @@ from mikv.cache.reindex import gone_after_slots
 from mikv.cache.tier_store import TierStore
 from mikv.kernels import pick
 from mikv.kernels.segments import Segment, Vectors
+from mikv.quant.base import Code
+from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.codebook import Codebook
+from mikv.quant.codes.exact import Exact
+from mikv.quant.codes.trellis import Trellis
 from mikv.quant.transforms.balance import Balance
 from mikv.rope import Rope
 
@@ -72,7 +77,7 @@ def _stacked(of_layers: Sequence[Tensor | None]) -> Tensor | None:
 def tier_segment(tier: TierStore, layer: int, query: Tensor) -> Segment:
     """One layer of a tier as the kernels read it, for a query [R, Hq, D]. Nothing is copied."""
     keys, values = (
-        _vectors(tier, name, chain.bits, layer) for name, chain in (("keys", tier.tier.key), ("values", tier.tier.value))
+        _vectors(tier, what, chain.code, layer) for what, chain in (("keys", tier.tier.key), ("values", tier.tier.value))
     )
     stop = tier.count[layer].to(device=tier.device, dtype=torch.int32)
     segment = Segment(keys, values, stop, wants_mass=tier.with_scores)
@@ -105,10 +110,16 @@ def fold_output(tier: TierStore, layer: int, out: Tensor, weight: Tensor) -> Ten
     return out
 
 
-def _vectors(tier: TierStore, name: str, bits: int, layer: int) -> Vectors:
-    if bits == 16:
-        return Vectors(16, tier.parts[f"{name}.raw"][layer])
-    return Vectors(bits, *(tier.parts[f"{name}.{part}"][layer] for part in ("codes", "scale", "zero")))
+def _vectors(tier: TierStore, what: str, code: Code | None, layer: int) -> Vectors:
+    def part(name: str) -> Tensor:
+        return tier.parts[f"{what}.{name}"][layer]
+
+    if isinstance(code, Exact):
+        return Vectors(16, part("raw"))
+    if isinstance(code, Affine):
+        return Vectors(code.bits, part("codes"), part("scale"), part("zero"))
+    assert isinstance(code, Codebook | Trellis), "a code that the kernels don't know is read from a dense copy"
+    return Vectors(code.bits, part("codes"), part("norm"), levels=code.table(tier.device, half=tier.device.type == "cuda"))
 
 
 def _rotated(store: PolicyStore, layer: int, segments: Sequence[Segment], dtype: torch.dtype, rope: Rope) -> list[Segment]:

@@ -63,9 +63,9 @@ class Forward:
         if panel and self.backend.attention == "triton":
             shape = self.geometry
             read = [policy for policy in panel if self.backend.reader_of(policy) == "kernel"]
-            tiers = {(tier.k, tier.v) for policy in read for tier in policy.tiers if not tier.evicted}
+            tiers = {(tier.k, tier.v, tier.kind) for policy in read for tier in policy.tiers if not tier.evicted}
             heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
-            verify(sorted(tiers | {(16, 16)}), *heads, self.model.dtype, self.model.device)
+            verify(sorted(tiers | {(16, 16, "affine")}), *heads, self.model.dtype, self.model.device)
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]], observers: Collection[Observer] = (), shared: int = 0) -> PrefillState:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mikv.kernels.decode_reference import held
+from mikv.kernels.decode_reference import held, read
 from mikv.kernels.segments import Attention, Segment, Vectors, check_segments
 
 
@@ -45,7 +45,7 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float)
 def _scores(query: Tensor, keys: Vectors) -> Tensor:
     """query . key, float32 [R, H, G, S], of query [R, H, G, D]; anything where nothing is held."""
     if keys.scale is None or keys.zero is None:
-        return torch.matmul(query, keys.data.float().transpose(2, 3))
+        return torch.matmul(query, read(keys, query.shape[3]).transpose(2, 3))
     groups = keys.groups
     split = _per_group(query, groups)  # [R, H, groups, G, D], zero outside the group
     products = torch.zeros((*query.shape[:2], groups * query.shape[2], keys.data.shape[2]))
@@ -60,7 +60,7 @@ def _weighted(probs: Tensor, values: Vectors, there: Tensor, dim: int) -> Tensor
     """sum_t p_t v_t, float32 [R, H, G, D], of probs [R, H, G, S]; p is 0 where nothing is held (bool [R, H, S])."""
     absent = ~there[..., None]
     if values.scale is None or values.zero is None:
-        return torch.matmul(probs, values.data.float().masked_fill_(absent, 0))  # 0 * NaN is no 0
+        return torch.matmul(probs, read(values, dim).masked_fill(absent, 0))  # 0 * NaN is no 0
     scale, zero = (x.float().masked_fill_(absent, 0) for x in (values.scale, values.zero))  # [R, H, S, groups]
     weights = probs.unsqueeze(2) * scale.movedim(3, 2).unsqueeze(3)  # [R, H, groups, G, S]
     out = torch.matmul(probs, zero).repeat_interleave(dim // values.groups, dim=-1)

@@ -32,12 +32,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(key_bits: int, value_bits: int) -> Tile:
+def tile(key_bits: int, value_bits: int, looked_up: bool = False) -> Tile:
     """Chosen by the compiler's own figures (scripts/inspect_kernels.py): fewest instructions without a spill.
 
     One warp keeps probabilities in registers between the two products. 16-bit tiles are so large that two warps share
-    them. Wide codes have two tiles under way: a third would cost programs, and more bytes are under way already.
+    them. Wide codes have two tiles under way: a third would cost programs, and more bytes are under way already. Looking
+    levels up takes many registers: tiles are shorter, or shared by two warps.
     """
+    if looked_up:
+        return {1: Tile(32, 1, 2), 2: Tile(32, 1, 2), 3: Tile(16, 1, 2), 4: Tile(64, 2, 2)}.get(
+            max(bits for bits in (key_bits, value_bits) if bits < 16), Tile(32, 2, 2)
+        )
     if key_bits == value_bits == 16:
         return Tile(64, 2, 2)
     return Tile(64, 1, 2 if max(key_bits, value_bits) >= 4 else 3)
@@ -48,9 +53,13 @@ def padded_heads(group_heads: int, groups: int) -> int:
     return max(16 // groups, 2 ** math.ceil(math.log2(group_heads)))
 
 
-def decode_constants(group_heads: int, dim: int, groups: int, key_bits: int, value_bits: int) -> dict[str, Any]:
-    """The kernel's compile-time constants but PTX and WIDE, which depend on where it runs."""
-    shape = tile(key_bits, value_bits)
+def decode_constants(
+    group_heads: int, dim: int, groups: int, key_bits: int, value_bits: int, kinds: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """The kernel's compile-time constants but PTX and WIDE, which depend on where it runs. kinds: of keys and values, see
+    Vectors.kind; None = raw at 16 bits, else affine."""
+    codes = kinds or tuple("raw" if bits == 16 else "affine" for bits in (key_bits, value_bits))
+    shape = tile(key_bits, value_bits, _looked_up(codes))
     return {
         "G": group_heads,
         "D": dim,
@@ -58,21 +67,24 @@ def decode_constants(group_heads: int, dim: int, groups: int, key_bits: int, val
         "MH": padded_heads(group_heads, groups),
         "K_BITS": key_bits,
         "V_BITS": value_bits,
+        "K_CODE": codes[0],
+        "V_CODE": codes[1],
         "BN": shape.tokens,
         "STAGES": shape.stages,
     }
 
 
-def decode_options(key_bits: int, value_bits: int, nvidia: bool) -> dict[str, Any]:
+def _looked_up(kinds: Sequence[str]) -> bool:
+    return not {"codebook", "trellis"}.isdisjoint(kinds)
+
+
+def decode_options(
+    key_bits: int, value_bits: int, nvidia: bool, kinds: tuple[str, str] = ("affine", "affine")
+) -> dict[str, Any]:
     """How the kernel is compiled."""
-    shape = tile(key_bits, value_bits)
+    shape = tile(key_bits, value_bits, _looked_up(kinds))
     registers = {"maxnreg": REGISTERS} if nvidia and shape.warps == 1 else {}
     return {"num_warps": shape.warps, "num_stages": shape.stages, **registers, **compiler_options()}
-
-
-def served(segment: Segment) -> bool:
-    """Whether the kernel takes a segment."""
-    return segment.shift is None and segment.output is None
 
 
 def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float, split_tokens: int | None = None) -> Attention:
@@ -83,8 +95,6 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float,
     check_segments(query, segments)
     if any(x.data.dtype == torch.float32 for segment in segments for x in (segment.keys, segment.values)):
         raise ValueError("the kernel takes 16-bit vectors as FP16 or BF16; for FP32 there is the reference")
-    if not all(served(segment) for segment in segments):
-        raise ValueError("the kernel folds nothing but a query; what shifts logits or turns values is for the reference")
     query = query.contiguous()
     rows, query_heads, dim = query.shape
     lengths = [split_tokens or _stretch(rows * s.keys.data.shape[1], s.slots, query.device) for s in segments]
@@ -98,6 +108,8 @@ def decode_attention(query: Tensor, segments: Sequence[Segment], scaling: float,
         logits.append(parts.new_empty((rows, query_heads, segment.slots)) if segment.wants_mass else None)
         if count:
             _attend(query, segment, scaling, length, first, count, parts, part_lse, logits[-1])
+            if segment.output is not None:
+                _turn(segment, parts[:, :, first : first + count])
         first += count
     out, lse = torch.empty_like(query), part_lse.new_empty((rows, query_heads))
     kernels.merge[(rows * query_heads,)](
@@ -120,14 +132,18 @@ def _attend(
     keys, values = segment.keys, segment.values
     query = query if segment.query is None else segment.query.contiguous()
     heads, slots = keys.data.shape[1:3]
-    constants = decode_constants(query.shape[1] // heads, query.shape[2], segment.groups, keys.bits, values.bits)
+    shift = segment.shift
+    if shift is not None:
+        shift = shift.expand(-1, -1, query.shape[1] // heads, slots).contiguous()
+    kinds = (keys.kind, values.kind)
+    constants = decode_constants(query.shape[1] // heads, query.shape[2], segment.groups, keys.bits, values.bits, kinds)
     constants["PTX"] = query.is_cuda and torch.version.hip is None
     constants["WIDE"] = interpreted() and torch.bfloat16 in (keys.data.dtype, values.data.dtype)
     kernels.attend[(count, query.shape[0] * heads)](
-        query, segment.balancer, _words(keys), keys.scale, keys.zero, _words(values), values.scale, values.zero,
-        segment.stop, parts, part_lse, logits,
+        query, segment.balancer, _words(keys), keys.scale, _table(keys), _words(values), values.scale, _table(values),
+        segment.stop, shift, parts, part_lse, logits,
         scaling * math.log2(math.e), slots, length, first, parts.shape[2],
-        **constants, **decode_options(keys.bits, values.bits, nvidia=constants["PTX"]),
+        **constants, **decode_options(keys.bits, values.bits, constants["PTX"], kinds),
     )  # fmt: skip
 
 
@@ -140,6 +156,19 @@ def _mass(segment: Segment, logits: Tensor, lse: Tensor) -> Tensor:
             G=lse.shape[1] // heads, BLOCK=MASS_BLOCK, num_warps=4, **compiler_options(),
         )  # fmt: skip
     return mass
+
+
+def _turn(segment: Segment, parts: Tensor) -> None:
+    """Undo what was done to values, for each stretch's mean value [R, Hq, stretches, D], in place: it is linear, so that it may
+    come before stretches are merged."""
+    assert segment.output is not None
+    mine = parts.unflatten(1, (segment.keys.data.shape[1], -1)).flatten(2, 3)  # [R, H, G * stretches, D]
+    parts.copy_(segment.output(mine, torch.ones_like(mine[..., :1])).view(parts.shape))
+
+
+def _table(vectors: Vectors) -> Tensor | None:
+    """Minima, or in their place levels, FP16: operands of a product."""
+    return vectors.zero if vectors.levels is None else vectors.levels.half()
 
 
 def _words(vectors: Vectors) -> Tensor:

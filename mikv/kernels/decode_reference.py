@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mikv.kernels.segments import Attention, Segment, Vectors, check_segments
 from mikv.quant.affine import Quantized, dequantize
+from mikv.quant.codes import trellis
 from mikv.quant.packing import unpack
 
 
@@ -54,6 +55,12 @@ def held(segment: Segment) -> Tensor:
 
 def read(vectors: Vectors, dim: int) -> Tensor:
     """float32 [R, H, S, D] of stored vectors (a balancer is not undone)."""
-    if vectors.scale is None or vectors.zero is None:
+    if vectors.scale is None:
         return vectors.data.float()
+    if vectors.levels is not None:
+        codes = unpack(vectors.data, vectors.bits, dim)
+        table = vectors.levels.float()
+        known = trellis.read(codes, table) if vectors.kind == "trellis" else table[codes.int()]
+        return known.mul_(vectors.scale.float())
+    assert vectors.zero is not None
     return dequantize(Quantized(unpack(vectors.data, vectors.bits, dim, torch.float32), vectors.scale, vectors.zero))

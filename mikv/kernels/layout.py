@@ -12,7 +12,10 @@ words at once) makes two operands. Worked example, 2 bits and D = 128: 16 words,
 tile 1 = word & 12 (4 times the code), ... tile 4 = word & 0x300 (256 times the code), tile 5 = (word >> 10) & 3.
 
 3-bit codes are a plane of two low bits and one of the high bit. The high plane has half as many words, so that its copies
-line up with the low plane's tiles, and an OR puts the bit above its two neighbours.
+line up with the low plane's tiles, and an OR puts the bit above its two neighbours. (5-bit codes likewise: four bits and one.)
+
+Codes that stand for levels (mikv/quant/codes/codebook.py, trellis.py) lie in the same tiles, but are taken out as integers
+and looked up.
 """
 
 from __future__ import annotations
@@ -47,14 +50,14 @@ class Layout:
 
     @property
     def low(self) -> Plane:
-        bits = 2 if self.bits == 3 else self.bits
+        bits = self.bits - (self.bits in (3, 5))
         words = self.dim * bits // 16
         return Plane(bits, words, 0, max(1, LANES // words))
 
     @property
     def high(self) -> Plane | None:
         words = self.dim // 16
-        return Plane(1, words, self.dim // 8, self.width // words) if self.bits == 3 else None
+        return Plane(1, words, self.low.words, self.width // words) if self.bits in (3, 5) else None
 
     @property
     def row(self) -> int:
@@ -71,22 +74,22 @@ class Layout:
         return self.dim // self.width
 
     @property
-    def _stride(self) -> int:
-        """Bits from a tile's field to the next tile's."""
+    def stride(self) -> int:
+        """Bits from a tile's field to the next tile's, in both planes."""
         return self.low.bits * self.low.copies
 
     @property
     def _per_shift(self) -> int:
         """Tiles that can be masked out of a word before it must be shifted."""
-        return (MANTISSA - self.bits) // self._stride + 1
+        return (MANTISSA - self.bits) // self.stride + 1
 
     def shift(self, tile: int) -> int:
         """How far a word is shifted down for this tile."""
-        return 0 if self.bits == 16 else tile // self._per_shift * self._per_shift * self._stride
+        return 0 if self.bits == 16 else tile // self._per_shift * self._per_shift * self.stride
 
     def position(self, tile: int) -> int:
         """Where the code then lies: the tile holds code * 2^position * 2^-24."""
-        return 0 if self.bits == 16 else tile % self._per_shift * self._stride
+        return 0 if self.bits == 16 else tile % self._per_shift * self.stride
 
     def asm(self) -> str:
         """PTX that unpacks two neighbouring words: outputs are the tiles' pairs of FP16 numbers, then come the inputs.

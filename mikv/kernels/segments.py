@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of codes that the kernels read; the others go through a dense copy.
+# Of codes that the kernels read, with a scale and a minimum, and with levels; the others go through a dense copy.
 PACKED_BITS = (8, 4, 3, 2)
+LEVEL_BITS = (5, 4, 3, 2, 1)
 # FP32 for the torch implementations only: the newest pair of a 32-bit model is exact.
 RAW_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -17,16 +18,25 @@ RAW_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Vectors(NamedTuple):
     """Keys or values of S slots.
 
-    bits: 16, 8, 4, 3 or 2. data: [R, H, S, ...]: at 16 bits the vectors themselves, FP16 or BF16 [..., D] (FP32: see
-    RAW_TYPES); else codes as
-    mikv/quant/packing.py packs them, uint8 [..., D] at 8 bits and int16 [..., D * bits / 16] below. scale, zero: FP16
-    [R, H, S, groups]; None at 16 bits. A channel's number is code * scale + zero.
+    bits: 16, 8, 5, 4, 3, 2 or 1. data: [R, H, S, ...]: at 16 bits the vectors themselves, FP16 or BF16 [..., D] (FP32: see
+    RAW_TYPES); else codes as mikv/quant/packing.py packs them, uint8 [..., D] at 8 bits and int16 [..., D * bits / 16] below.
+    scale, zero: FP16 [R, H, S, groups]; None at 16 bits. A channel's number is code * scale + zero.
+    levels: FP32 or FP16 [2^bits], of a codebook, or [2^(bits + 1)], of a trellis (mikv/quant/codes); then there is no zero and
+    one scale per vector, and a channel's number is its level times the scale.
     """
 
     bits: int
     data: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
+    levels: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """raw, affine, codebook or trellis."""
+        if self.levels is None:
+            return "raw" if self.bits == 16 else "affine"
+        return "codebook" if len(self.levels) == 2**self.bits else "trellis"
 
     @property
     def groups(self) -> int:
@@ -40,7 +50,7 @@ class Segment(NamedTuple):
     stop: int32 [R, H], slots from here on hold nothing (whatever bytes lie there are never used). balancer: FP32 [R, H, D],
     what the keys were multiplied by before they were quantized; None = nothing. wants_mass: the attention that each slot
     receives is returned. What other transforms of keys and values leave to be done: query: float [R, Hq, D], in the place of
-    the query of all segments (a balancer is divided out of it, too); shift: FP32 [R, H, G, S or 1], added to the logits
+    the query of all segments (a balancer is divided out of it, too); shift: FP32 [R, H, G or 1, S or 1], added to the logits
     before they are scaled; output: what is made of sum_t p_t v_t (FP32 [R, H, G, D]) and sum_t p_t (FP32 [R, H, G, 1]).
 
     An evicted tier is no segment, or one without slots.
@@ -103,17 +113,22 @@ def _check_vectors(name: str, vectors: Vectors, shape: tuple[int, int, int], dim
         if data.dtype not in RAW_TYPES:
             raise ValueError(f"{name}: 16-bit vectors are float16 or bfloat16 (or float32), not {data.dtype}")
         width = dim
-    elif bits in PACKED_BITS:
+    elif bits in (PACKED_BITS if vectors.levels is None else LEVEL_BITS):
         if data.dtype != (torch.uint8 if bits == 8 else torch.int16):
             raise ValueError(f"{name}: {bits}-bit codes are {'uint8' if bits == 8 else 'int16'}, not {data.dtype}")
         width = dim if bits == 8 else dim * bits // 16
     else:
-        raise ValueError(f"{name}: {bits} bits; choose from 16, {', '.join(map(str, PACKED_BITS))}")
+        known = ", ".join(map(str, PACKED_BITS if vectors.levels is None else LEVEL_BITS))
+        raise ValueError(f"{name}: {bits} bits; choose from 16, {known}")
     if data.shape != (*shape, width):
         raise ValueError(f"{name}: {list(data.shape)} where {[*shape, width]} was expected")
-    metadata = (vectors.scale, vectors.zero)
+    metadata = (vectors.scale, vectors.zero) if vectors.levels is None else (vectors.scale,)
     if any((part is None) != (bits == 16) for part in metadata):
         raise ValueError(f"{name}: scale and zero belong to codes, and only to them")
+    levels = vectors.levels
+    fit = levels is None or (levels.dtype in RAW_TYPES and len(levels) in (2**bits, 2 ** (bits + 1)))
+    if not fit or (levels is not None and (vectors.groups > 1 or vectors.zero is not None)):
+        raise ValueError(f"{name}: wanted {2**bits} or {2 ** (bits + 1)} levels, one scale per vector, and no zero")
     for part in metadata:
         if part is not None and (part.dtype != torch.float16 or part.shape[:3] != shape or dim % part.shape[-1]):
             raise ValueError(f"{name}: scale and zero must be float16 {list(shape)} x groups that divide {dim} channels")

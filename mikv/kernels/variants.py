@@ -24,6 +24,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 BITS = (16, 8, 4, 3, 2)
+LEVEL_BITS = (5, 4, 3, 2)
 # Numbers that are usually multiples of 16, and that wide loads need to be (a launch finds out by itself).
 _ALIGNED = ["slots", "split_tokens", "tokens", "source_slots", "target_slots"]
 
@@ -108,18 +109,23 @@ class Variant:
 
 # Instructions per token, keys and values together, at head_dim 128.
 DECODE_GATES = {16: 450, 8: 520, 4: 520, 3: 850, 2: 500}
+# Where levels are looked up: what the layout reaches. Six to eight times as many, for a table's load and the integer
+# arithmetic of its index take the place of one mask for two numbers.
+LEVEL_GATES = {5: 4600, 4: 3500, 3: 4400, 2: 3200}
 _DECODE_TYPES = {
     **dict.fromkeys(("key_scale_ptr", "key_zero_ptr", "value_scale_ptr", "value_zero_ptr"), "*fp16"),
-    **dict.fromkeys(("balancer_ptr", "out_ptr", "lse_ptr", "logits_ptr"), "*fp32"),
+    **dict.fromkeys(("balancer_ptr", "shift_ptr", "out_ptr", "lse_ptr", "logits_ptr"), "*fp32"),
     "stop_ptr": "*i32",
     **dict.fromkeys(("slots", "split_tokens", "first_split", "splits"), "i32"),
     "scaling": "fp32",
 }
 
 
-def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = False) -> Variant:
-    """Decode attention over one tier with two scales per vector. emit: the logits are written, for attention mass."""
-    groups = 1 if key_bits == value_bits == 16 else 2
+def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = False, code: str = "affine") -> Variant:
+    """Decode attention over one tier, with two scales per vector, or one where a code (codebook, trellis) has levels; then
+    logits are shifted, as a centre asks for. emit: the logits are written, for attention mass."""
+    kinds = ("raw" if key_bits == 16 else code, "raw" if value_bits == 16 else code)
+    groups = 2 if "affine" in kinds else 1
     raw = f"*{model.dtype}"
     types = {
         **_DECODE_TYPES,
@@ -130,20 +136,25 @@ def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = Fa
     absent = ["balancer_ptr", "key_scale_ptr", "key_zero_ptr"] if key_bits == 16 else []
     absent += ["value_scale_ptr", "value_zero_ptr"] if value_bits == 16 else []
     absent += [] if emit else ["logits_ptr"]
-    tile = decode_launch.tile(key_bits, value_bits)
+    absent += ["shift_ptr"] if code == "affine" else ["balancer_ptr"]  # a balancer is folded into the query then
+    if code != "affine":
+        types["query_ptr"] = "*fp32"
+    tile = decode_launch.tile(key_bits, value_bits, code != "affine")
     rows = [model.head_dim * bits / 8 for bits in (key_bits, value_bits)]
     # rows of 24 bytes (3 bits, head_dim 64) begin where no 16-byte copy can
     codes = sum(row for row in rows if row % 16 == 0)
-    metadata = sum(4 * groups for bits in (key_bits, value_bits) if bits < 16)  # scale and minimum, FP16
-    gate = DECODE_GATES[key_bits] if key_bits == value_bits and model.head_dim == 128 and not emit else None
+    metadata = sum(4 * groups if code == "affine" else 2 for bits in (key_bits, value_bits) if bits < 16)  # FP16 numbers
+    metadata += 0 if code == "affine" else 4 * model.group_heads  # shifts
+    gates = DECODE_GATES if code == "affine" else LEVEL_GATES
+    gate = gates.get(key_bits) if key_bits == value_bits and model.head_dim == 128 and not emit else None
     bits = str(key_bits) if key_bits == value_bits else f"k{key_bits}v{value_bits}"
     return Variant(
-        f"decode {bits}" + (" + logits" if emit else ""),
+        f"decode {bits}" + ("" if code == "affine" else f" {code}") + (" + logits" if emit else ""),
         model,
         decode.attend,
         types,
         {
-            **decode_launch.decode_constants(model.group_heads, model.head_dim, groups, key_bits, value_bits),
+            **decode_launch.decode_constants(model.group_heads, model.head_dim, groups, key_bits, value_bits, kinds),
             **dict.fromkeys(absent),
             "WIDE": False,
         },
@@ -155,7 +166,7 @@ def decode_variant(model: Model, key_bits: int, value_bits: int, emit: bool = Fa
         in_loop=True,
         weight=32 / tile.tokens,
         most=gate,
-        options=decode_launch.decode_options(key_bits, value_bits, nvidia=True),
+        options=decode_launch.decode_options(key_bits, value_bits, True, kinds),
     )
 
 
@@ -165,6 +176,11 @@ def decode_variants() -> Iterator[Variant]:
             yield decode_variant(model, bits, bits)
     for key_bits, value_bits in ((16, 2), (8, 4), (4, 2)):
         yield decode_variant(MODELS[0], key_bits, value_bits)
+    for bits in LEVEL_BITS:
+        yield decode_variant(MODELS[1], bits, bits, code="trellis")
+    yield decode_variant(MODELS[1], 3, 2, code="trellis")
+    yield decode_variant(MODELS[2], 2, 2, code="trellis")
+    yield decode_variant(MODELS[1], 2, 2, code="codebook")
     yield decode_variant(MODELS[1], 16, 16, emit=True)
 
 

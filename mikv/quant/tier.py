@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mikv.quant.chain import Chain, Steps, chain_of
 from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.exact import Exact
 
 _SHORT = re.compile(r"(?P<both>\d+)|k(?P<key>\d+)v(?P<value>\d+)")
 
@@ -82,6 +83,12 @@ class Tier:
     def exact(self) -> bool:
         """Whether keys and values have 16 bits."""
         return self.k == self.v == 16
+
+    @property
+    def kind(self) -> str:
+        """Name of its codes, as the kernels know them: that of the first which is not exact; affine where both are."""
+        codes = [type(chain.code).__name__.lower() for chain in (self.key, self.value) if not isinstance(chain.code, Exact)]
+        return codes[0] if codes else "affine"
 
     @property
     def block(self) -> int:

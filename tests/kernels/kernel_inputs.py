@@ -7,7 +7,9 @@ from torch import Tensor
 
 from mikv.kernels.segments import Segment, Vectors
 from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.codebook import Codebook
 from mikv.quant.codes.exact import Exact
+from mikv.quant.codes.trellis import Trellis
 from mikv.quant.packing import unpack
 
 GUARD = 256  # poisoned elements before and after every buffer
@@ -31,15 +33,19 @@ def guard_is_whole(x: Tensor) -> bool:
     return bool((around == (255 if x.dtype == torch.uint8 else -1)).all())
 
 
-def vectors(x: Tensor, bits: int, group: int, dtype: torch.dtype, used: Tensor) -> Vectors:
-    """x [R, H, S, D] stored at `bits`; slots that are not used (bool [R, H, S]) are poisoned."""
-    parts = (Exact() if bits == 16 else Affine(bits, group)).encode(x, dtype)
+def vectors(x: Tensor, bits: int, group: int, dtype: torch.dtype, used: Tensor, code: str | None = None) -> Vectors:
+    """x [R, H, S, D] stored at `bits`, by a code with levels where one is named; slots that are not used (bool [R, H, S]) are
+    poisoned."""
+    known = {"codebook": Codebook, "trellis": Trellis}[code](bits) if code and bits < 16 else None
+    parts = (known or (Exact() if bits == 16 else Affine(bits, group))).encode(x, dtype)
     for part in parts.values():
         bad = float("nan") if part.is_floating_point() else (255 if part.dtype == torch.uint8 else -1)
         part.masked_fill_(~used[..., None], bad)
     parts = {name: poisoned(part) for name, part in parts.items()}
     if bits == 16:
         return Vectors(16, parts["raw"])
+    if known is not None:
+        return Vectors(bits, parts["codes"], parts["norm"], levels=poisoned(known.table(x.device, half=True)))
     return Vectors(bits, parts["codes"], parts["scale"], parts["zero"])
 
 
@@ -58,8 +64,10 @@ def segment(
     wants_mass: bool = True,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    code: str | None = None,
 ) -> Segment:
-    """Random pairs; keys have outlier channels, values an offset. stop: of each row, or of each head of each row."""
+    """Random pairs; keys have outlier channels, values an offset. stop: of each row, or of each head of each row. code: see
+    `vectors`."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn((rows, heads, slots, dim), generator=generator) * key_scale
     keys[..., :: dim // 4] *= 4
@@ -73,8 +81,8 @@ def segment(
     used = torch.arange(slots) < stops[..., None]
     group = dim // 2 if group is None else group
     return Segment(
-        vectors(keys, key_bits, group, dtype, used),
-        vectors(values, value_bits, group, dtype, used),
+        vectors(keys, key_bits, group, dtype, used, code),
+        vectors(values, value_bits, group, dtype, used, code),
         poisoned_int(stops),
         None if balancer is None else poisoned(balancer),
         wants_mass,
@@ -95,16 +103,36 @@ def query(rows: int, query_heads: int, dim: int, dtype: torch.dtype, seed: int =
 
 
 def stored(x: Vectors, dim: int) -> Tensor:
-    """float64 [R, H, S, D] of what is stored: code * scale + zero, group by group."""
-    if x.scale is None or x.zero is None:
+    """float64 [R, H, S, D] of what is stored: code * scale + zero, group by group; or level * scale, channel by channel."""
+    if x.scale is None:
         return x.data.double()
     codes = unpack(x.data, x.bits, dim).double()
+    if x.levels is not None:
+        table, known = x.levels.double(), torch.empty_like(codes)
+        path = codes.long() % 2
+        for c in range(dim):
+            index = codes[..., c].long()
+            if x.kind == "trellis":
+                one, two = (path[..., c - back] if c >= back else torch.zeros_like(index) for back in (1, 2))
+                index = 4 * (index // 2) + 2 * (path[..., c] ^ two) + one
+            known[..., c] = table[index]
+        return known * x.scale.double()
+    assert x.zero is not None
     out = torch.empty_like(codes)
     size = dim // x.groups
     for group in range(x.groups):
         here = slice(group * size, (group + 1) * size)
         out[..., here] = codes[..., here] * x.scale[..., group, None].double() + x.zero[..., group, None].double()
     return out
+
+
+def turned(s: Segment, values: Tensor, row: int, head: int) -> Tensor:
+    """Each value [n, D] of one head as the segment's `output` makes it of a sum of that one alone."""
+    assert s.output is not None
+    rows, heads = s.values.data.shape[:2]
+    here = torch.zeros((rows, heads, len(values), values.shape[-1]))
+    here[row, head] = values.float()
+    return s.output(here, torch.ones((rows, heads, len(values), 1)))[row, head].double()
 
 
 def naive(q: Tensor, segments: list[Segment], scaling: float) -> tuple[Tensor, list[Tensor]]:
@@ -120,10 +148,17 @@ def naive(q: Tensor, segments: list[Segment], scaling: float) -> tuple[Tensor, l
                 head = query_head * s.keys.data.shape[1] // query_heads
                 held = slice(int(s.stop[row, head]))
                 one = q[row, query_head].double()
+                if s.query is not None:
+                    one = s.query[row, query_head].double()
                 if s.balancer is not None:
                     one = one / s.balancer[row, head].double()
-                logits.append(keys[i][row, head, held] @ one * scaling)
-                weights.append(values[i][row, head, held])
+                logit = keys[i][row, head, held] @ one
+                if s.shift is not None:
+                    of_group = query_head % (query_heads // s.keys.data.shape[1])
+                    logit = logit + s.shift[row, head, of_group].expand(keys[i].shape[2])[held].double()
+                logits.append(logit * scaling)
+                mine = values[i][row, head, held]
+                weights.append(mine if s.output is None else turned(s, mine, row, head))
                 slices.append((i, head, held))
             probs = torch.cat(logits).softmax(dim=0)
             if len(probs):

@@ -56,6 +56,31 @@ def test_every_pair_of_tiers(key_bits: int, value_bits: int, dim: int) -> None:
     check(query(1, 2, dim, torch.float16), [segment(0, 1, 1, 199, dim, key_bits, value_bits)])
 
 
+@pytest.mark.parametrize("code", ["codebook", "trellis"])
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 2), (5, 5), (16, 2), (3, 16)])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_levels_are_looked_up(code: str, key_bits: int, value_bits: int, dim: int) -> None:
+    """Codes that stand for levels, in the same stretches as other tiers; a trellis's also by the channels before."""
+    plain = segment(1, 1, 2, 37, dim, 4, 2)
+    check(query(1, 6, dim, torch.float16), [segment(0, 1, 2, 199, dim, key_bits, value_bits, code=code), plain])
+
+
+@pytest.mark.parametrize("code", ["trellis", None])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("wide", [True, False])
+def test_logits_are_shifted_and_values_turned(code: str | None, group: int, wide: bool) -> None:
+    """What a centre and a rotation leave to be done, of one tier beside others; a shift of each slot, or one for all."""
+    plain, other = segment(3, 2, 2, 150, 64, 3, 2, code=code, stop=[150, 9]), segment(4, 2, 2, 40, 64, 16, 16)
+    generator = torch.Generator().manual_seed(8)
+    shift = 4 * torch.randn(2, 2, group, 150 if wide else 1, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+    offset = torch.randn(2, 2, 1, 64, generator=generator)
+    turned = plain._replace(shift=shift, output=lambda o, weight: o @ rotation + weight * offset, balancer=None)
+    check(query(2, 2 * group, 64, torch.float16), [turned, other])
+    folded = query(2, 2 * group, 64, torch.float16, seed=5).float()
+    check(query(2, 2 * group, 64, torch.float16), [turned._replace(query=folded), other])
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("slots", [1, 2, 15, 63, 64, 65, 128, 129])
 def test_lengths(bits: int, slots: int) -> None:

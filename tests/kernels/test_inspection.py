@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from mikv.kernels.disassemble import Findings, hot_loop, opcode, parse
 from mikv.kernels.inspection import failures, row_of
-from mikv.kernels.variants import BITS, MODELS, decode_variant, variants
+from mikv.kernels.variants import BITS, LEVEL_BITS, LEVEL_GATES, MODELS, decode_variant, variants
 
 LISTING = """
 .text.attend:
@@ -80,6 +80,8 @@ def test_the_gates_are_those_that_were_set() -> None:
     assert {name: gates[name] for name in ("decode 2", "decode 4", "decode 8", "decode 3", "decode 16")} == {
         **{"decode 2": 500, "decode 4": 520, "decode 8": 520, "decode 3": 850, "decode 16": 450}
     }
+    levels = {v.name: v.most for v in variants() if v.model.name == "Llama-3-8B" and "trellis" in v.name}
+    assert levels == {f"decode {b} trellis": most for b, most in LEVEL_GATES.items()} | {"decode k3v2 trellis": None}
     assert gates["column sums"] == 800
     assert all(gates[f"pack {bits} keys"] == 2000 for bits in BITS[1:])
 
@@ -105,6 +107,7 @@ def test_all_kernels_compile_for_all_targets_and_models(inspected: tuple[int, st
     for target in ("sm_80", "sm_90", "gfx942"):
         compiled = {(r["kernel"], r["model"]) for r in rows if r["target"] == target}
         assert {(f"decode {bits}", model.name) for bits in BITS for model in MODELS} <= compiled
+        assert {("decode 2 codebook", "Llama-3-8B"), *((f"decode {b} trellis", "Llama-3-8B") for b in LEVEL_BITS)} <= compiled
         assert {(name, model.name) for name in ("decode merge", "column sums") for model in MODELS} <= compiled
 
 
@@ -122,6 +125,7 @@ def test_hardly_more_is_read_than_must_be(inspected: tuple[int, str, list[dict[s
     for r in inspected[2]:
         if r["target"] == "sm_90" and r["kernel"].startswith("decode") and r["bytes_least"]:
             copies = "3" in r["kernel"] or ("2" in r["kernel"] and r["model"].startswith("SmolLM2"))
+            copies |= "trellis" in r["kernel"] or "codebook" in r["kernel"]  # tables, and the words before
             assert (r["bytes_asked"] > r["bytes_least"]) == copies, r["kernel"]
 
 

@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", verify.TOLERANCE)
 def test_right_kernels_pass(dtype: torch.dtype) -> None:
-    verify.verify([(16, 16), (8, 3), (4, 2)], 6, 2, 64, dtype, CPU)
+    verify.verify(
+        [(16, 16, "affine"), (8, 3, "affine"), (4, 2, "affine"), (3, 2, "trellis"), (2, 2, "codebook")], 6, 2, 64, dtype, CPU
+    )
 
 
 @pytest.mark.parametrize("broken", ["output", "mass", "NaN", "NaN mass"])
@@ -30,8 +32,10 @@ def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, broken: str)
         return Attention(out + (torch.nan if broken == "NaN" else 0.02), mass)
 
     monkeypatch.setattr(decode_launch, "decode_attention", wrong)
-    with pytest.raises(verify.KernelsDisagree, match=r"keys of 16 and values of 16 bits is wrong.*attention=reference"):
-        verify.verify([(16, 16)], 2, 2, 64, torch.float16, CPU)
+    with pytest.raises(
+        verify.KernelsDisagree, match=r"keys of 16 and values of 16 bits \(affine\) is wrong.*attention=reference"
+    ):
+        verify.verify([(16, 16, "affine")], 2, 2, 64, torch.float16, CPU)
 
 
 @pytest.mark.parametrize("attention", ["triton", "reference"])
@@ -40,9 +44,10 @@ def test_an_engine_asks_about_what_its_panel_stores(monkeypatch: pytest.MonkeyPa
     asked: list[object] = []
     monkeypatch.setattr(prefill, "verify", lambda tiers, *rest: asked.append((tiers, *rest)))
     shape = {"dtype": torch.float16, "head_dim": 32, "query_heads": 4, "kv_heads": 2}
-    panel = [policy("full"), policy("mikv"), policy("mikv", {"high.bits": 8}), policy("h2o")]
+    panel = [policy("full"), policy("mikv"), policy("mikv", {"high.bits": 8}), policy("h2o"), policy("whiten", {"low": "k3v2"})]
     engine = Engine(model(**shape), NO_END, 257, "kernel", attention)
     engine.verify_kernels([])  # lm-eval's interface as the runner uses it: it reads no cache, another engine does
     engine.verify_kernels(panel)
-    wanted = ([(2, 2), (8, 8), (16, 16)], 4, 2, 32, torch.float16, CPU)
+    kinds = [(2, 2, "affine"), (3, 2, "trellis"), (5, 5, "trellis"), (8, 8, "affine"), (16, 16, "affine")]
+    wanted = (kinds, 4, 2, 32, torch.float16, CPU)
     assert asked == ([wanted] if attention == "triton" else [])

@@ -15,6 +15,10 @@ is about 2^14: FP16 then loses nothing when the fields' positions are divided ou
 
 *One warp per program*, many programs per processor: probabilities go from one product into the next in registers.
 
+*Levels* (codebooks and trellises, one scale per vector) are looked up in a table of 64 numbers at most, which stays in the
+first cache: what comes out is an operand, and all else is as above, with one group. A trellis's level also depends on the path
+bits of the two channels before: those of a whole tile come from the words one and two lanes before, read again.
+
 Probabilities carry a power of two as well, chosen from the largest value scale of the stretch, so that p * s neither
 overflows FP16 nor vanishes in it; it divides out with the softmax's denominator.
 """
@@ -86,6 +90,11 @@ def _plane(bits: int, dim: int, high: bool) -> Any:
     plane = layout.high if high else layout.low
     assert plane is not None
     return (plane.bits, plane.words, plane.first, plane.copies)
+
+
+@triton.constexpr_function
+def _stride(bits: int, dim: int) -> int:
+    return Layout(bits, dim).stride
 
 
 @triton.jit
@@ -188,6 +197,68 @@ def _operands(
 
 
 @triton.jit
+def _before(ptr, token, inside, BACK: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Words of the low plane, int32, in which tile t shows the channels that lie BACK before those of tile t: the lanes before,
+    and in front of the first lane the last ones of the tile before; nothing before channel 0."""
+    width: tl.constexpr = _width(BITS, D)
+    plane: tl.constexpr = _plane(BITS, D, False)
+    lane = tl.arange(0, width)
+    other = (lane + (width - BACK)) % width
+    shift = other // plane[1] * plane[0]
+    up = tl.where(lane < BACK, _stride(BITS, D), 0)
+    word = other % plane[1]
+    if T:
+        where = word[:, None] + token[None, :] * _row(BITS, D)
+        mask = inside[None, :]
+        shift = shift[:, None]
+        up = up[:, None]
+    else:
+        where = word[None, :] + token[:, None] * _row(BITS, D)
+        mask = inside[:, None]
+        shift = shift[None, :]
+        up = up[None, :]
+    words = tl.load(ptr + where, mask=mask, other=0) if MASKED else tl.load(ptr + where)
+    return (words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift) << up
+
+
+@triton.jit
+def _levels(
+    ptr,
+    levels_ptr,
+    token,
+    inside,
+    BITS: tl.constexpr,
+    TRELLIS: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tiles of some tokens' levels, as `_operands` gives those of their codes: FP16, FP32 where WIDE."""
+    words, shift = _words(ptr, token, inside, BITS, D, False, T, MASKED)
+    low = words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift
+    plane: tl.constexpr = _plane(BITS, D, False)
+    if plane[0] < BITS:
+        words, shift = _words(ptr, token, inside, BITS, D, True, T, MASKED)
+        high = words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift
+    if TRELLIS:
+        one = _before(ptr, token, inside, 1, BITS, D, T, MASKED)
+        two = _before(ptr, token, inside, 2, BITS, D, T, MASKED)
+    tiles = ()
+    for i in tl.static_range(_tiles(BITS, D)):
+        code = (low >> (_stride(BITS, D) * i)) & ((1 << plane[0]) - 1)
+        if plane[0] < BITS:
+            code = code | (((high >> (_stride(BITS, D) * i)) & 1) << plane[0])
+        if TRELLIS:
+            first = (one >> (_stride(BITS, D) * i)) & 1
+            second = (two >> (_stride(BITS, D) * i)) & 1
+            code = ((code >> 1) << 2) | (((code ^ second) & 1) << 1) | first
+        level = tl.load(levels_ptr + code)
+        tiles = tiles + ((level.to(tl.float32) if WIDE else level),)
+    return tiles
+
+
+@triton.jit
 def _scales(ptr, token, inside, NG: tl.constexpr, MASKED: tl.constexpr):
     """Scales or minima of some tokens, FP16 [NG, 1, BN]."""
     where = ptr + tl.arange(0, NG)[None, :] + token[:, None] * NG
@@ -205,6 +276,7 @@ def _stretch(
     high,
     pointers,
     unit,
+    lift,
     bias,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -212,6 +284,8 @@ def _stretch(
     MH: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
+    K_CODE: tl.constexpr,
+    V_CODE: tl.constexpr,
     BN: tl.constexpr,
     EMIT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -219,22 +293,29 @@ def _stretch(
     WIDE: tl.constexpr,
 ):
     """Attend to BN tokens from `first` on. state = (running maximum, denominator, sums of minima, accumulators)."""
-    key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr, logits_ptr, tokens = pointers
+    (key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr, shift_ptr, logits_ptr, tokens) = pointers
     maximum, denominator, zeros, acc = state
     M: tl.constexpr = NG * MH
     token = first + tl.arange(0, BN)
     inside = (token >= low) & (token < high)
 
-    keys = _operands(key_ptr, token, inside, K_BITS, D, True, MASKED, PTX, WIDE)
+    if K_CODE == "codebook" or K_CODE == "trellis":
+        keys = _levels(key_ptr, key_zero_ptr, token, inside, K_BITS, K_CODE == "trellis", D, True, MASKED, WIDE)
+    else:
+        keys = _operands(key_ptr, token, inside, K_BITS, D, True, MASKED, PTX, WIDE)
     logits = tl.zeros([M, BN], tl.float32)
     for i in tl.static_range(_tiles(K_BITS, D)):
         logits = tl.dot(query[i], keys[i], logits)
     logits = tl.reshape(logits, [NG, MH, BN])
     if K_BITS < 16:
-        scale = _scales(key_scale_ptr, token, inside, NG, MASKED).to(tl.float32)
-        zero = _scales(key_zero_ptr, token, inside, NG, MASKED).to(tl.float32)
-        logits = logits * scale + zero * zero_query
+        logits = logits * _scales(key_scale_ptr, token, inside, NG, MASKED).to(tl.float32)
+        if K_CODE == "affine":
+            logits += _scales(key_zero_ptr, token, inside, NG, MASKED).to(tl.float32) * zero_query
     logits = tl.sum(logits, axis=0)  # [MH, BN], in units that `unit` turns into powers of two
+    if shift_ptr is not None:
+        head = tl.arange(0, MH)[:, None]
+        wanted = (head < G) & inside[None, :] if MASKED else head < G
+        logits += tl.load(shift_ptr + head * tokens + token[None, :], mask=wanted, other=0.0) * lift
     if MASKED:
         logits = tl.where(inside[None, :], logits, float("-inf"))
     if EMIT:
@@ -247,15 +328,19 @@ def _stretch(
     fade = tl.exp2(maximum - new_maximum)
     denominator = denominator * fade + tl.sum(p, axis=1)
     if V_BITS < 16:
-        zero = _scales(value_zero_ptr, token, inside, NG, MASKED).to(tl.float32)
-        zeros = zeros * fade[None, :] + tl.sum(p[None, :, :] * zero, axis=2)
+        if V_CODE == "affine":
+            zero = _scales(value_zero_ptr, token, inside, NG, MASKED).to(tl.float32)
+            zeros = zeros * fade[None, :] + tl.sum(p[None, :, :] * zero, axis=2)
         weights = p.to(tl.float16)[None, :, :] * _scales(value_scale_ptr, token, inside, NG, MASKED)
     elif WIDE:
         weights = tl.broadcast_to(p[None, :, :], [NG, MH, BN])
     else:
         weights = tl.broadcast_to(p.to(value_ptr.dtype.element_ty)[None, :, :], [NG, MH, BN])
     weights = tl.reshape(weights, [M, BN])
-    values = _operands(value_ptr, token, inside, V_BITS, D, False, MASKED, PTX, WIDE)
+    if V_CODE == "codebook" or V_CODE == "trellis":
+        values = _levels(value_ptr, value_zero_ptr, token, inside, V_BITS, V_CODE == "trellis", D, False, MASKED, WIDE)
+    else:
+        values = _operands(value_ptr, token, inside, V_BITS, D, False, MASKED, PTX, WIDE)
     fade = tl.reshape(tl.broadcast_to(fade[None, :], [NG, MH]), [M])[:, None]
     added = ()
     for i in tl.static_range(_tiles(V_BITS, D)):
@@ -274,6 +359,7 @@ def attend(
     value_scale_ptr,
     value_zero_ptr,
     stop_ptr,
+    shift_ptr,
     out_ptr,
     lse_ptr,
     logits_ptr,
@@ -288,6 +374,8 @@ def attend(
     MH: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
+    K_CODE: tl.constexpr,
+    V_CODE: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
@@ -296,8 +384,9 @@ def attend(
     """Program (split, row * heads + head). G query heads per KV head, MH of them in a tile with padding, NG groups.
 
     query [R, Hq, D]; balancer fp32 [R, H, D] or None; keys, values: raw [R, H, S, D] or int16 words [R, H, S, words];
-    scales, minima fp16 [R, H, S, NG]; stop int32 [R, H]; out fp32 [R, Hq, splits, D], lse fp32
-    [R, Hq, splits] (base 2), logits fp32 [R, Hq, S] (base 2) or None. scaling is that of logits in base 2.
+    scales, minima fp16 [R, H, S, NG], in the place of minima levels fp16 [n]; stop int32 [R, H]; shift fp32 [R, Hq, S] or None;
+    out fp32 [R, Hq, splits, D], lse fp32 [R, Hq, splits] (base 2), logits fp32 [R, Hq, S] (base 2) or None. scaling is that of
+    logits in base 2. K_CODE, V_CODE: raw, affine, codebook or trellis.
     """
     M: tl.constexpr = NG * MH
     GROUP: tl.constexpr = D // NG
@@ -334,9 +423,15 @@ def attend(
         for i in tl.static_range(_tiles(K_BITS, D)):
             q = (raw[i].to(tl.float32) * grow).to(tl.float16).to(tl.float32)
             zero_query += tl.sum(q, axis=1)
-            query = query + ((q * _fold(K_BITS, D, i)).to(tl.float16),)
-        unit = scaling * shrink * 16777216.0
-        zero_query *= 1.0 / 16777216.0
+            if K_CODE == "affine":
+                query = query + ((q * _fold(K_BITS, D, i)).to(tl.float16),)
+            else:
+                query = query + ((q if WIDE else q.to(tl.float16)),)
+        unit = scaling * shrink
+        if K_CODE == "affine":
+            unit *= 16777216.0
+            zero_query *= 1.0 / 16777216.0
+    lift = tl.fdiv(scaling, unit)  # from logits to their unit
     zero_query = tl.reshape(zero_query, [NG, MH, 1])
 
     base = pair.to(tl.int64) * slots
@@ -344,11 +439,13 @@ def attend(
     value_ptr += base * _row(V_BITS, D)
     if K_BITS < 16:
         key_scale_ptr += base * NG
+    if K_CODE == "affine":
         key_zero_ptr += base * NG
     bias = 8.0
     if V_BITS < 16:
         value_scale_ptr += base * NG
-        value_zero_ptr += base * NG
+        if V_CODE == "affine":
+            value_zero_ptr += base * NG
         largest_scale = 0.0
         for first in range(low // BN * BN, high, BN):
             token = first + tl.arange(0, BN)
@@ -358,7 +455,9 @@ def attend(
         bias = tl.minimum(14 + 127 - ((largest_scale.to(tl.int32, bitcast=True) >> 23) & 255), 15).to(tl.float32)
     if logits_ptr is not None:
         logits_ptr += pair.to(tl.int64) * G * slots
-    pointers = (key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr, logits_ptr, slots)
+    if shift_ptr is not None:
+        shift_ptr += pair.to(tl.int64) * G * slots
+    pointers = (key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr, shift_ptr, logits_ptr, slots)
 
     acc = ()
     for _ in tl.static_range(_tiles(V_BITS, D)):
@@ -378,15 +477,15 @@ def attend(
         first = tl.where(edge < ahead, low // EDGE * EDGE + edge * EDGE, tail + (edge - ahead) * EDGE)
         state = (maximum, denominator, zeros, acc)
         maximum, denominator, zeros, acc = _stretch(
-            first, query, zero_query, state, low, high, pointers, unit, bias,
-            G, D, NG, MH, K_BITS, V_BITS, EDGE, logits_ptr is not None, True, PTX, WIDE,
+            first, query, zero_query, state, low, high, pointers, unit, lift, bias,
+            G, D, NG, MH, K_BITS, V_BITS, K_CODE, V_CODE, EDGE, logits_ptr is not None, True, PTX, WIDE,
         )  # fmt: skip
     for first in tl.range(body, high // BN * BN, BN, num_stages=STAGES):
         first = tl.multiple_of(first, BN)
         state = (maximum, denominator, zeros, acc)
         maximum, denominator, zeros, acc = _stretch(
-            first, query, zero_query, state, low, high, pointers, unit, bias,
-            G, D, NG, MH, K_BITS, V_BITS, BN, logits_ptr is not None, False, PTX, WIDE,
+            first, query, zero_query, state, low, high, pointers, unit, lift, bias,
+            G, D, NG, MH, K_BITS, V_BITS, K_CODE, V_CODE, BN, logits_ptr is not None, False, PTX, WIDE,
         )  # fmt: skip
 
     # an empty stretch leaves zeros and a log-sum-exp of -inf
@@ -400,7 +499,9 @@ def attend(
         channel = _channels(V_BITS, D, i)
         mine = (head < G)[:, None] & ((channel // GROUP)[None, :] == group[:, None])
         tl.store(
-            out_ptr + place[:, None] * D + channel[None, :], (acc[i] * _unscale(V_BITS, D, i) + zeros_of_row) * share, mask=mine
+            out_ptr + place[:, None] * D + channel[None, :],
+            (acc[i] * (_unscale(V_BITS, D, i) if V_CODE == "affine" else 1.0) + zeros_of_row) * share,
+            mask=mine,
         )
     one = tl.arange(0, MH)
     place = (pair * G + one).to(tl.int64) * splits + first_split + split

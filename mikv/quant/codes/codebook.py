@@ -41,7 +41,7 @@ class Codebook(Code):
         from mikv.quant.packing import pack
 
         norm, unit = norm_per_vector(y)
-        levels = torch.tensor(centroids(self.bits), device=y.device)
+        levels = self.table(y.device)
         codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
         return {"codes": pack(codes.to(torch.uint8), self.bits), "norm": stored_norm(norm, levels[codes])}
 
@@ -50,12 +50,23 @@ class Codebook(Code):
 
         from mikv.quant.packing import unpack, unpacked_dim
 
-        levels = torch.tensor(centroids(self.bits), device=parts["codes"].device)
         codes = unpack(parts["codes"], self.bits, unpacked_dim(parts["codes"], self.bits), torch.int32)
-        return levels[codes].mul_(parts["norm"].float())
+        return self.table(codes.device)[codes].mul_(parts["norm"].float())
 
     def size(self, head_dim: int) -> float:
         return self.bits + 16 / head_dim
+
+    def table(self, device: torch.device, half: bool = False) -> Tensor:
+        """The levels, float32 (or FP16) [2^bits]."""
+        return on_device(centroids(self.bits), device, half)
+
+
+@cache
+def on_device(levels: tuple[float, ...], device: torch.device, half: bool) -> Tensor:
+    """float32 or FP16. Once: a step must not wait for a copy to a GPU."""
+    import torch
+
+    return torch.tensor(levels, device=device, dtype=torch.float16 if half else torch.float32)
 
 
 def norm_per_vector(y: Tensor) -> tuple[Tensor, Tensor]:

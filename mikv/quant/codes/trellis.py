@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from mikv.quant.base import Code, Parts
 from mikv.quant.codes.affine import check_bits
-from mikv.quant.codes.codebook import norm_per_vector, stored_norm
+from mikv.quant.codes.codebook import norm_per_vector, on_device, stored_norm
 
 if TYPE_CHECKING:
     import torch
@@ -62,21 +62,22 @@ class Trellis(Code):
         from mikv.quant.packing import pack
 
         norm, unit = norm_per_vector(y)
-        table = torch.tensor(levels(self.bits), device=y.device)
+        table = self.table(y.device)
         codes = torch.cat([search(some, table) for some in unit.flatten(0, -2).split(_AT_ONCE)]).view(y.shape)
         return {"codes": pack(codes, self.bits), "norm": stored_norm(norm, read(codes, table))}
 
     def decode(self, parts: Parts) -> Tensor:
-        import torch
-
         from mikv.quant.packing import unpack, unpacked_dim
 
-        table = torch.tensor(levels(self.bits), device=parts["codes"].device)
         codes = unpack(parts["codes"], self.bits, unpacked_dim(parts["codes"], self.bits))
-        return read(codes, table).mul_(parts["norm"].float())
+        return read(codes, self.table(codes.device)).mul_(parts["norm"].float())
 
     def size(self, head_dim: int) -> float:
         return self.bits + 16 / head_dim
+
+    def table(self, device: torch.device, half: bool = False) -> Tensor:
+        """The levels, float32 (or FP16) [2^(bits + 1)]."""
+        return on_device(levels(self.bits), device, half)
 
 
 def levels(bits: int) -> tuple[float, ...]:
