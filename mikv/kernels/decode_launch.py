@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mikv.kernels import lookup
 from mikv.kernels.jit import decode as kernels
 from mikv.kernels.launch import compiler_options, interpreted, processors
 from mikv.kernels.segments import Attention, Segment, Vectors, check_segments
@@ -37,12 +38,13 @@ def tile(key_bits: int, value_bits: int, looked_up: bool = False) -> Tile:
 
     One warp keeps probabilities in registers between the two products. 16-bit tiles are so large that two warps share
     them. Wide codes have two tiles under way: a third would cost programs, and more bytes are under way already. Looking
-    levels up takes many registers: tiles are shorter, or shared by two warps.
+    levels up takes many registers: tiles are half as long, and where a table in memory is asked, shared by two warps.
     """
+    bits = [bits for bits in (key_bits, value_bits) if bits < 16]
+    if looked_up and not set(bits) <= set(lookup.BITS):
+        return Tile(32, 2, 2)
     if looked_up:
-        return {1: Tile(32, 1, 2), 2: Tile(32, 1, 2), 3: Tile(16, 1, 2), 4: Tile(64, 2, 2)}.get(
-            max(bits for bits in (key_bits, value_bits) if bits < 16), Tile(32, 2, 2)
-        )
+        return Tile(32, 1, 2 if max(bits) >= 4 else 3)
     if key_bits == value_bits == 16:
         return Tile(64, 2, 2)
     return Tile(64, 1, 2 if max(key_bits, value_bits) >= 4 else 3)

@@ -109,9 +109,9 @@ class Variant:
 
 # Instructions per token, keys and values together, at head_dim 128.
 DECODE_GATES = {16: 450, 8: 520, 4: 520, 3: 850, 2: 500}
-# Where levels are looked up: what the layout reaches. Six to eight times as many, for a table's load and the integer
-# arithmetic of its index take the place of one mask for two numbers.
-LEVEL_GATES = {5: 4600, 4: 3500, 3: 4400, 2: 3200}
+# Where levels are looked up, at 5 bits in a table in memory: what the layout reaches. A trellis reads its words three times,
+# and its indices take a dozen instructions more for a register of two words.
+LEVEL_GATES = {5: 4600, 4: 2600, 3: 1900, 2: 1400}
 _DECODE_TYPES = {
     **dict.fromkeys(("key_scale_ptr", "key_zero_ptr", "value_scale_ptr", "value_zero_ptr"), "*fp16"),
     **dict.fromkeys(("balancer_ptr", "shift_ptr", "out_ptr", "lse_ptr", "logits_ptr"), "*fp32"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
 
 from mikv.kernels.layout import Layout
+from mikv.kernels.lookup import Lookup
+from mikv.quant.codes.codebook import Codebook
+from mikv.quant.codes.trellis import Trellis, read
 from mikv.quant.packing import pack
 
 SHAPES = [(bits, dim) for bits in (8, 4, 3, 2) for dim in (64, 128, 256)]
@@ -22,7 +26,7 @@ def run_ptx(text: str, operands: list[int]) -> list[int]:
             return operands[int(name[1:])]
         return names[name] if name in names else int(name, 0)
 
-    for line in re.findall(r"(\w+\.b32) ([^;]+);", text.split(";", 1)[1]):
+    for line in re.findall(r"([\w.]+\.[bu]32) ([^;]+);", text.split(";", 1)[1]):
         target, *sources = [part.strip() for part in line[1].split(",")]
         x = [value(source) for source in sources]
         match line[0]:
@@ -36,7 +40,14 @@ def run_ptx(text: str, operands: list[int]) -> list[int]:
                 result = x[0] >> x[1]
             case "shl.b32":
                 result = x[0] << x[1] & 0xFFFFFFFF
+            case "xor.b32":
+                result = x[0] ^ x[1]
+            case "not.b32":
+                result = ~x[0] & 0xFFFFFFFF
+            case "mul.lo.u32":
+                result = x[0] * x[1] & 0xFFFFFFFF
             case "prmt.b32":
+                assert not x[2] & 0x8888, "the mode that repeats a sign"
                 octets = [(x[0] | x[1] << 32) >> 8 * i & 255 for i in range(8)]
                 result = sum(octets[x[2] >> 4 * i & 7] << 8 * i for i in range(4))
             case other:
@@ -88,3 +99,40 @@ def test_the_worked_example() -> None:
 def test_a_head_that_the_kernels_do_not_take() -> None:
     with pytest.raises(ValueError, match="head_dim=96"):
         Layout(2, 96)
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(bits, dim) for bits in (2, 3, 4) for dim in (64, 128, 256)])
+@pytest.mark.parametrize("trellis", [True, False])
+def test_the_tiles_are_the_levels(bits: int, dim: int, trellis: bool) -> None:
+    """pack -> PTX -> FP16 levels, channel by channel; the words of the channels before are made here."""
+    layout = Layout(bits, dim)
+    assert Lookup(bits, dim, trellis).served
+    codes = torch.randint(0, 2**bits, (dim,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack(codes, bits).to(torch.int64) & 0xFFFF
+    code = (Trellis if trellis else Codebook)(bits)
+    table = code.table(torch.device("cpu"))
+    wanted = (read(codes, table) if trellis else table[codes.int()]).half()
+    path = codes & 1
+    found = torch.empty(dim, dtype=torch.float16)
+    for lane in range(0, layout.width, 2):
+        inputs = []
+        for plane in (layout.low, layout.high):
+            if plane is None:
+                continue
+            first = plane.first + lane % plane.words
+            inputs.append(int(words[first]) | int(words[first + 1]) << 16)
+            if plane.copies > 1:
+                inputs += [lane // plane.words * plane.bits] * 2
+        for back in (1, 2) if trellis else ():
+            before = 0
+            for half, tile in itertools.product((0, 1), range(layout.tiles)):
+                channel = tile * layout.width + lane + half - back
+                bit = int(path[channel]) if channel >= 0 else 0
+                before |= bit << (16 * half + layout.stride * tile)
+            inputs.append(before)
+        assert Lookup(bits, dim, trellis).constraints() == ",".join(["=&r"] * layout.tiles + ["r"] * len(inputs))
+        registers = run_ptx(Lookup(bits, dim, trellis).asm(), [0] * layout.tiles + inputs)
+        for tile in range(layout.tiles):
+            halves = torch.tensor([registers[tile] & 0xFFFF, registers[tile] >> 16]).to(torch.uint16).view(torch.float16)
+            found[tile * layout.width + lane : tile * layout.width + lane + 2] = halves
+    assert torch.equal(found, wanted)

@@ -15,9 +15,10 @@ is about 2^14: FP16 then loses nothing when the fields' positions are divided ou
 
 *One warp per program*, many programs per processor: probabilities go from one product into the next in registers.
 
-*Levels* (codebooks and trellises, one scale per vector) are looked up in a table of 64 numbers at most, which stays in the
-first cache: what comes out is an operand, and all else is as above, with one group. A trellis's level also depends on the path
-bits of the two channels before: those of a whole tile come from the words one and two lanes before, read again.
+*Levels* (codebooks and trellises, one scale per vector) are looked up: on NVIDIA's GPUs by byte permutations in tables that are
+constants of the program (mikv/kernels/lookup.py), else in a table of 64 numbers at most, which stays in the first cache. What
+comes out is an operand, and all else is as above, with one group. A trellis's level also depends on the path bits of the two
+channels before: those of a whole tile come from the words one and two lanes before, read again.
 
 Probabilities carry a power of two as well, chosen from the largest value scale of the stretch, so that p * s neither
 overflows FP16 nor vanishes in it; it divides out with the softmax's denominator.
@@ -31,6 +32,7 @@ import triton
 import triton.language as tl
 
 from mikv.kernels.layout import Layout
+from mikv.kernels.lookup import Lookup
 
 EDGE = tl.constexpr(16)  # tokens of a tile at an end of a stretch; the least that a product takes
 
@@ -196,29 +198,71 @@ def _operands(
             return _unpack(words, shift, words, shift, BITS, D, PTX)
 
 
+@triton.constexpr_function
+def _permuted(bits: int, dim: int) -> bool:
+    return Lookup(bits, dim, True).served
+
+
+@triton.constexpr_function
+def _lookup(bits: int, dim: int, trellis: bool) -> str:
+    return Lookup(bits, dim, trellis).asm()
+
+
+@triton.constexpr_function
+def _lookup_constraints(bits: int, dim: int, trellis: bool) -> str:
+    return Lookup(bits, dim, trellis).constraints()
+
+
 @triton.jit
 def _before(ptr, token, inside, BACK: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
-    """Words of the low plane, int32, in which tile t shows the channels that lie BACK before those of tile t: the lanes before,
-    and in front of the first lane the last ones of the tile before; nothing before channel 0."""
+    """Words of the low plane, uint16, in which tile t shows the channels that lie BACK before those of tile t: the lanes
+    before, and in front of the first lane the last ones of the tile before; nothing before channel 0."""
     width: tl.constexpr = _width(BITS, D)
     plane: tl.constexpr = _plane(BITS, D, False)
     lane = tl.arange(0, width)
     other = (lane + (width - BACK)) % width
-    shift = other // plane[1] * plane[0]
-    up = tl.where(lane < BACK, _stride(BITS, D), 0)
     word = other % plane[1]
+    shift = (other // plane[1] * plane[0]).to(tl.uint16)
+    wraps = lane < BACK
     if T:
         where = word[:, None] + token[None, :] * _row(BITS, D)
         mask = inside[None, :]
         shift = shift[:, None]
-        up = up[:, None]
+        wraps = wraps[:, None]
     else:
         where = word[None, :] + token[:, None] * _row(BITS, D)
         mask = inside[:, None]
         shift = shift[None, :]
-        up = up[None, :]
-    words = tl.load(ptr + where, mask=mask, other=0) if MASKED else tl.load(ptr + where)
-    return (words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift) << up
+        wraps = wraps[None, :]
+    words = (tl.load(ptr + where, mask=mask, other=0) if MASKED else tl.load(ptr + where)).to(tl.uint16, bitcast=True)
+    if plane[3] > 1:
+        words = words >> shift
+    return tl.where(wraps, words << _stride(BITS, D), words)
+
+
+@triton.jit
+def _levels_by_permutation(
+    ptr, token, inside, BITS: tl.constexpr, TRELLIS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr
+):
+    """See mikv/kernels/lookup.py: two neighbouring words at once."""
+    words, shift = _words(ptr, token, inside, BITS, D, False, T, MASKED)
+    args = [words]
+    if _plane(BITS, D, False)[3] > 1:
+        args = args + [tl.broadcast_to(shift, words.shape)]
+    if BITS == 3:
+        high, shift = _words(ptr, token, inside, BITS, D, True, T, MASKED)
+        args = args + [high]
+        if _plane(BITS, D, True)[3] > 1:
+            args = args + [tl.broadcast_to(shift, words.shape)]
+    if TRELLIS:
+        args = args + [_before(ptr, token, inside, 1, BITS, D, T, MASKED).to(tl.int16, bitcast=True)]
+        args = args + [_before(ptr, token, inside, 2, BITS, D, T, MASKED).to(tl.int16, bitcast=True)]
+    text: tl.constexpr = _lookup(BITS, D, TRELLIS)
+    registers: tl.constexpr = _lookup_constraints(BITS, D, TRELLIS)
+    if _tiles(BITS, D) == 8:
+        return tl.inline_asm_elementwise(text, registers, args, dtype=(tl.float16,) * 8, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(text, registers, args, dtype=(tl.float16,) * 4, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -232,9 +276,12 @@ def _levels(
     D: tl.constexpr,
     T: tl.constexpr,
     MASKED: tl.constexpr,
+    PTX: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Tiles of some tokens' levels, as `_operands` gives those of their codes: FP16, FP32 where WIDE."""
+    if PTX and _permuted(BITS, D):
+        return _levels_by_permutation(ptr, token, inside, BITS, TRELLIS, D, T, MASKED)
     words, shift = _words(ptr, token, inside, BITS, D, False, T, MASKED)
     low = words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift
     plane: tl.constexpr = _plane(BITS, D, False)
@@ -242,8 +289,8 @@ def _levels(
         words, shift = _words(ptr, token, inside, BITS, D, True, T, MASKED)
         high = words.to(tl.uint16, bitcast=True).to(tl.int32) >> shift
     if TRELLIS:
-        one = _before(ptr, token, inside, 1, BITS, D, T, MASKED)
-        two = _before(ptr, token, inside, 2, BITS, D, T, MASKED)
+        one = _before(ptr, token, inside, 1, BITS, D, T, MASKED).to(tl.int32)
+        two = _before(ptr, token, inside, 2, BITS, D, T, MASKED).to(tl.int32)
     tiles = ()
     for i in tl.static_range(_tiles(BITS, D)):
         code = (low >> (_stride(BITS, D) * i)) & ((1 << plane[0]) - 1)
@@ -300,7 +347,7 @@ def _stretch(
     inside = (token >= low) & (token < high)
 
     if K_CODE == "codebook" or K_CODE == "trellis":
-        keys = _levels(key_ptr, key_zero_ptr, token, inside, K_BITS, K_CODE == "trellis", D, True, MASKED, WIDE)
+        keys = _levels(key_ptr, key_zero_ptr, token, inside, K_BITS, K_CODE == "trellis", D, True, MASKED, PTX, WIDE)
     else:
         keys = _operands(key_ptr, token, inside, K_BITS, D, True, MASKED, PTX, WIDE)
     logits = tl.zeros([M, BN], tl.float32)
@@ -338,7 +385,7 @@ def _stretch(
         weights = tl.broadcast_to(p.to(value_ptr.dtype.element_ty)[None, :, :], [NG, MH, BN])
     weights = tl.reshape(weights, [M, BN])
     if V_CODE == "codebook" or V_CODE == "trellis":
-        values = _levels(value_ptr, value_zero_ptr, token, inside, V_BITS, V_CODE == "trellis", D, False, MASKED, WIDE)
+        values = _levels(value_ptr, value_zero_ptr, token, inside, V_BITS, V_CODE == "trellis", D, False, MASKED, PTX, WIDE)
     else:
         values = _operands(value_ptr, token, inside, V_BITS, D, False, MASKED, PTX, WIDE)
     fade = tl.reshape(tl.broadcast_to(fade[None, :], [NG, MH]), [M])[:, None]
