@@ -38,8 +38,11 @@ def dot_grid(rows: Sequence[Row], title: str) -> Any:
         one = next(iter(mine.values()))
         if one["measure"] == "kl":
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("{x:g}")
         ax.set_title(literal(f"{panel[0]} · {panel[1]} (n = {one['n']})"), fontsize=9)
         ax.set_xlabel(literal(one["measure"] + (", lower is better" if one["lower_is_better"] else "")), fontsize=8)
+        ax.tick_params(axis="x", which="both", labelsize=7)
         ax.grid(True, axis="x", which="both", linewidth=0.3)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)

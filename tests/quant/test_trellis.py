@@ -81,7 +81,7 @@ def test_vectors_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     y[0, 0, 0, 4] = 0
     y[1, 1, 0, 2] *= 1e4
     whole = Trellis(2).encode(y, torch.float16)
-    monkeypatch.setattr(trellis, "_AT_ONCE", 5)
+    monkeypatch.setitem(trellis._AT_ONCE, "cpu", 5)
     pieces = Trellis(2).encode(y, torch.float16)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     one = Trellis(2).encode(y[1, 2, :, 8:], torch.float16)

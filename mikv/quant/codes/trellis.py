@@ -43,7 +43,8 @@ _LEVELS: dict[int, tuple[float, ...]] = {
         1.8702, 2.0036, 2.1526, 2.3238, 2.5251, 2.7685, 3.0854, 3.5798,
     ),
 }  # fmt: skip
-_AT_ONCE = 2**12  # vectors: what is searched at once stays in a processor's cache
+_AT_ONCE = {"cpu": 2**12}  # vectors that are searched at once: on a CPU what stays in its cache, else what fills a GPU
+_FILLS = 2**17
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Trellis(Code):
 
         norm, unit = norm_per_vector(y)
         table = self.table(y.device)
-        codes = torch.cat([search(some, table) for some in unit.flatten(0, -2).split(_AT_ONCE)]).view(y.shape)
+        codes = torch.cat(
+            [search(some, table) for some in unit.flatten(0, -2).split(_AT_ONCE.get(y.device.type, _FILLS))]
+        ).view(y.shape)
         return {"codes": pack(codes, self.bits), "norm": stored_norm(norm, read(codes, table))}
 
     def decode(self, parts: Parts) -> Tensor:
