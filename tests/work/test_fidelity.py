@@ -105,3 +105,14 @@ def test_the_same_text_elsewhere_is_the_same_task(tmp_path: Path) -> None:
     assert TextFidelity(str(copy)).identity() == TextFidelity().identity()
     copy.write_text(copy.read_text() + "more")
     assert TextFidelity(str(copy)).identity() != TextFidelity().identity()
+
+
+def test_two_texts_of_different_kinds_come_along() -> None:
+    """Each with as many windows as a run has, for any tokenizer of words' parts; other names are files."""
+    identities = [TextFidelity(name).identity() for name in TEXTS]
+    assert len({str(identity) for identity in identities}) == len(TEXTS) == 2
+    for file in TEXTS.values():
+        assert len(file.read_text(encoding="utf-8")) > 16 * 640 * 3.5
+    assert "def " in TEXTS["code"].read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="wanted one, or prose or code"):
+        TextFidelity("verse")
