@@ -136,6 +136,8 @@ class Policy:
         order, but for those that importance has kept above; None where the order is another, or not known beforehand. Then
         nothing need be stored to know a token's position but those of the tiers above.
         """
+        if self.importance is None and self.settled and tier == self.sinks_tier and self.budget.only(tier) == self.sinks:
+            return 0  # the sinks themselves
         first = len(self.tiers) - self.budget.whole
         if (self.importance is not None and not self.settled) or self.evicts or tier < first:
             return None

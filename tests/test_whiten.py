@@ -212,6 +212,19 @@ def test_positions_cost_nothing_where_they_follow_from_the_order() -> None:
     assert stored == [4 * 4 * heads, 4 * 5 * heads, 4 * (4 + 12 + 5) * heads, 4 * 60 * heads]
 
 
+@pytest.mark.parametrize("options", [{}, {"keep": 0.1}, {"window": 0}, {"extra": 0.5}])
+def test_which_tier_holds_a_stretch_is_known_without_stored_positions(options: dict[str, Any]) -> None:
+    run = engine("kernel")  # no dense copy that would want positions
+    made = whiten(**{"window": 6, "keep": 0.0, **options})
+    store = run.compress(run.prefill([tokens(40)], made.observers), [made]).banks[0].stores[0]
+    held = store.held(torch.tensor([2]), torch.tensor([40]))
+    heads, waiting = 2 * 2, 6 if made.window else 0
+    assert sum(int(part) for part in held.values()) == 38 * heads
+    assert int(held["16"]) == 2 * heads
+    assert int(held.get("5", torch.tensor(0))) == waiting * heads
+    assert store.tiers[0].positions()[0, 0, 0, :4].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "first"),
     [
