@@ -12,7 +12,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall)  # kept with its flipped samples
 # kept as summaries: all is to stay below 2 MB
-SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,front,steps})
+SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,steps})
+FRONT=(recall-front 135m-front{,-code})
+IMPORTANCE=(135m-importance{,-code})
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -27,13 +29,25 @@ half=(task.limit=$(((LIMIT + 1) / 2)))  # twenty-three policies
   "tasks=linerecall ${half[*]} ${short[*]},guardedrecall ${half[*]} ${short[*]},fidelity task.limit=6"
 "$PYTHON" run.py panel=risk task=guardedrecall "${recall[@]}" name=recall-risk
 "$PYTHON" run.py panel=paper model=smollm2-135m task=fidelity name=135m-fidelity
-"$PYTHON" run.py panel=front model=smollm2-135m task=fidelity batch_size=2 name=135m-front
+for panel in front importance; do
+  "$PYTHON" run.py panel=$panel model=smollm2-135m task=fidelity batch_size=2 name=135m-$panel
+  "$PYTHON" run.py panel=$panel model=smollm2-135m task=fidelity task.text=code batch_size=2 name=135m-$panel-code
+done
+few='{policy: full}, {policy: whiten, window: 8, newest: 4, keep: 0.01, high: 5, sinks: 1}, {policy: whiten}'
+few+=', {policy: whiten, extra: 0.25}, {policy: uniform, balance: true, tier: 2}, {policy: uniform, balance: true, tier: 3}'
+few+=', {policy: mikv, high.bits: 8, low.bits: 2}'
+"$PYTHON" run.py panel=front "panel.entries=[$few]" model=smollm2-recall task=linerecall task.limit=$((2 * LIMIT)) \
+  task.max_new_tokens=16 batch_size=4 fidelity=false name=recall-front
 "$PYTHON" -m experiments.steps model=smollm2-135m task.limit=6 batch_size=2 name=135m-steps
 if [ -n "${QWEN:-}" ]; then
   qwen=(model=qwen2.5-7b model.name=qwen2.5-coder-0.5b model.path="$QWEN")
-  "$PYTHON" run.py panel=front "${qwen[@]}" task=fidelity task.limit=4 batch_size=2 name=qwen-front
+  "$PYTHON" run.py panel=front "${qwen[@]}" task=fidelity batch_size=2 name=qwen-front
+  "$PYTHON" run.py panel=front "${qwen[@]}" task=fidelity task.text=code batch_size=2 name=qwen-front-code
+  "$PYTHON" run.py panel=importance "${qwen[@]}" task=fidelity batch_size=2 name=qwen-importance
   "$PYTHON" -m experiments.steps "${qwen[@]}" task.limit=3 batch_size=3 name=qwen-steps
-  SMALL+=(qwen-{front,steps})
+  SMALL+=(qwen-steps)
+  FRONT+=(qwen-front{,-code})
+  IMPORTANCE+=(qwen-importance)
 fi
 if [ -n "${DATA:-}" ]; then
   # short answers and no second decode for fidelity: fifteen policies on two cores
@@ -51,11 +65,13 @@ if [ -n "${DATA:-}" ]; then
 fi
 "$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
-"$PYTHON" scripts/keep_results.py --summaries "${SMALL[@]/#/results/runs/}" "${RISKS[@]/#/results/runs/}"
+"$PYTHON" -m experiments.front "${FRONT[@]/#/results/runs/}"
+"$PYTHON" -m experiments.importance "${IMPORTANCE[@]/#/results/runs/}"
+SMALL+=("${FRONT[@]}" "${IMPORTANCE[@]}" "${RISKS[@]}")
+"$PYTHON" scripts/keep_results.py --summaries "${SMALL[@]/#/results/runs/}"
 
 cp results/runs/recall-linerecall/curve.png results/figures/demo.png
 cp results/runs/135m-fidelity/curve.png results/figures/fidelity.png
-cp results/runs/135m-front/curve.png results/figures/front.png
 if [ -n "${DATA:-}" ]; then
   cp results/runs/recall-contextloss/depth.png results/figures/depth-smollm2-recall.png
 fi
