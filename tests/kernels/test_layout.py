@@ -59,6 +59,17 @@ def run_ptx(text: str, operands: list[int]) -> list[int]:
     return operands
 
 
+def words_of(layout: Layout, words: torch.Tensor, lane: int) -> list[int]:
+    """Operands of two neighbouring lanes: each plane's words and, where they are copies, their shifts."""
+    inputs = []
+    for plane in (layout.low, layout.high):
+        if plane is not None:
+            first = plane.first + lane % plane.words
+            inputs.append(int(words[first]) | int(words[first + 1]) << 16)
+            inputs += [lane // plane.words * plane.bits] * 2 if plane.copies > 1 else []
+    return inputs
+
+
 @pytest.mark.parametrize(("bits", "dim"), SHAPES)
 def test_the_tiles_are_the_codes(bits: int, dim: int) -> None:
     """pack -> PTX, two neighbouring words at a time -> FP16 numbers == code * 2^(position - 24), channel by channel."""
@@ -69,14 +80,7 @@ def test_the_tiles_are_the_codes(bits: int, dim: int) -> None:
     assert layout.row == len(words)
     seen = []
     for lane in range(0, layout.width, 2):
-        inputs = []
-        for plane in (layout.low, layout.high):
-            if plane is None:
-                continue
-            first = plane.first + lane % plane.words
-            inputs.append(int(words[first]) | int(words[first + 1]) << 16)
-            if plane.copies > 1:
-                inputs += [lane // plane.words * plane.bits] * 2
+        inputs = words_of(layout, words, lane)
         assert layout.constraints() == ",".join(["=&r"] * layout.tiles + ["r"] * len(inputs))
         registers = run_ptx(layout.asm(), [0] * layout.tiles + inputs)
         for tile in range(layout.tiles):
@@ -115,14 +119,7 @@ def test_the_tiles_are_the_levels(bits: int, dim: int, trellis: bool) -> None:
     path = codes & 1
     found = torch.empty(dim, dtype=torch.float16)
     for lane in range(0, layout.width, 2):
-        inputs = []
-        for plane in (layout.low, layout.high):
-            if plane is None:
-                continue
-            first = plane.first + lane % plane.words
-            inputs.append(int(words[first]) | int(words[first + 1]) << 16)
-            if plane.copies > 1:
-                inputs += [lane // plane.words * plane.bits] * 2
+        inputs = words_of(layout, words, lane)
         for back in (1, 2) if trellis else ():
             before = 0
             for half, tile in itertools.product((0, 1), range(layout.tiles)):
