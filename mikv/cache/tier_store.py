@@ -14,8 +14,8 @@ from mikv.cache.sides import Sides, apply, undo
 from mikv.kernels import pick
 from mikv.kernels.segments import PACKED_BITS
 from mikv.quant.base import Parts, Side, Transform, Where, storage_dtype
-from mikv.quant.chain import Chain
 from mikv.quant.codes.affine import Affine
+from mikv.quant.codes.exact import Exact
 from mikv.quant.tier import Tier
 from mikv.quant.transforms.balance import Balance
 from mikv.rope import Rope
@@ -292,10 +292,11 @@ class TierStore:
     def _encode(self, pairs: Pairs, layers: slice = slice(None)) -> Parts:
         """Parts [l, B, H, S, *] of pairs [l, B, H, S, ...] of some layers."""
         where = Where(pairs.positions, self._rope)
-        parts: Parts = {}
-        for what, x in (("keys", pairs.keys), ("values", pairs.values)):
-            for name, part in self._stored(what, x, layers, where).items():
-                parts[f"{what}.{name}"] = part
+        parts = {
+            f"{what}.{name}": part
+            for what, of_it in self._stored({"keys": pairs.keys, "values": pairs.values}, layers, where).items()
+            for name, part in of_it.items()
+        }
         if self._positions in ("stored", "tracked"):
             parts["positions"] = pairs.positions.to(torch.int32).unsqueeze(-1)
         if self.with_scores:
@@ -303,17 +304,25 @@ class TierStore:
             parts["scores"] = pairs.scores.unsqueeze(-1)
         return parts
 
-    def _stored(self, what: str, x: Tensor, layers: slice, where: Where) -> Parts:
-        """x [l, B, H, S, D] as it is stored."""
-        chain = self._chains[what]
-        code = chain.code
-        assert code is not None, "an evicted tier stores nothing"
-        if self._packing == "triton" and isinstance(code, Affine) and code.bits in PACKED_BITS:
-            return self._by_kernel(what, chain, code, x, layers, where)
-        return code.encode(apply(chain, what, x, self.sides, layers, where), self._storage)
+    def _stored(self, pairs: dict[str, Tensor], layers: slice, where: Where) -> dict[str, Parts]:
+        """Keys and values [l, B, H, S, D] as they are stored."""
+        found, ready = {}, {}
+        codes = {what: chain.code for what, chain in self._chains.items() if chain.code is not None}
+        for what, x in pairs.items():
+            code = codes[what]
+            if self._packing == "triton" and isinstance(code, Affine) and code.bits in PACKED_BITS:
+                found[what] = self._by_kernel(what, code, x, layers, where)
+            else:
+                ready[what] = apply(self._chains[what], what, x, self.sides, layers, where)
+        if len(ready) == 2 and codes["keys"] == codes["values"] != Exact():
+            # at once: a step has few vectors, and is over sooner with half of the calls
+            both = codes["keys"].encode(torch.stack(tuple(ready.values())), self._storage)
+            return {what: {name: part[i] for name, part in both.items()} for i, what in enumerate(ready)}
+        return found | {what: codes[what].encode(y, self._storage) for what, y in ready.items()}
 
-    def _by_kernel(self, what: str, chain: Chain, code: Affine, x: Tensor, layers: slice, where: Where) -> Parts:
+    def _by_kernel(self, what: str, code: Affine, x: Tensor, layers: slice, where: Where) -> Parts:
         """The same bits from the kernel, which balances in passing where that is all there is to be done."""
+        chain = self._chains[what]
         balancer = None
         if chain.transforms == (Balance(),):
             balancer = self.sides[what, chain.transforms]["balancer"][layers].flatten(0, 1).contiguous()

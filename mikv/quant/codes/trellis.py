@@ -103,10 +103,11 @@ def search(x: Tensor, table: Tensor) -> Tensor:
     import torch
 
     count, dim = x.shape
-    subsets = table.view(-1, 4).T.contiguous()  # [4, levels]
+    edges, within = _cells(table)
     x = x.T.contiguous()  # [D, N]
-    which = torch.stack([torch.bucketize(x, (own[1:] + own[:-1]) / 2, out_int32=True) for own in subsets], dim=1)  # [D, 4, N]
-    cost = torch.stack([subset[chosen] for subset, chosen in zip(subsets, which.unbind(1), strict=True)], dim=1)
+    cell = torch.bucketize(x, edges, out_int32=True)
+    nearest = table.view(-1, 4).T.gather(1, within.long())  # [4, cells]
+    cost = torch.stack([subset[cell] for subset in nearest], dim=1)
     cost = cost.sub_(x[:, None]).square_().view(dim, 2, 2, count)  # of the nearest in a subset, [D, p xor p_2, p_1, N]
     other = cost.flip(1)  # the same where p_2 = 1: [D, p, p_1, N]
     error = x.new_full((2, 2, count), torch.inf)  # of the best path to [p_2, p_1]
@@ -123,8 +124,21 @@ def search(x: Tensor, table: Tensor) -> Tensor:
         state = (state & 1) * 2 + back[channel].view(4, count).gather(0, state)
     path = (states >> 1).to(torch.uint8)
     subset = (path ^ _before(path, 2)) << 1 | _before(path, 1)
-    within = which.gather(1, subset[:, None].long())[:, 0].to(torch.uint8)
-    return (within << 1 | path).T
+    return (within.flatten()[subset.int() * within.shape[1] + cell] << 1 | path).T
+
+
+def _cells(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers between which another level of some subset becomes the nearest, rising; and which one is the nearest in each
+    cell between them, uint8 [4, cells]. A table of 4 levels has one cell."""
+    import torch
+
+    own = table.view(-1, 4).T  # [4, levels]
+    middles = (own[:, 1:] + own[:, :-1]) / 2
+    order = middles.flatten().argsort()
+    subset = order // max(1, middles.shape[1])
+    passed = (subset == torch.arange(4, device=table.device)[:, None]).cumsum(dim=1)
+    within = torch.cat((passed.new_zeros((4, 1)), passed), dim=1)
+    return middles.flatten()[order].contiguous(), within.to(torch.uint8)
 
 
 def _before(path: Tensor, channels: int) -> Tensor:
