@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> Any:
 def _against(row: Row, other: Row, full: Row) -> str:
     """'uniform 3 balanced: 4.2 times'."""
     mine, theirs = (abs(r["value"] - full["value"]) for r in (row, other))
-    return other["label"] + (f": {theirs / mine:.2g} times" if mine else "")
+    return other["label"] + (f": {theirs / mine:{'.2g' if theirs < 10 * mine else '.0f'}} times" if mine else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall)  # kept with its flipped samples
 # kept as summaries: all is to stay below 2 MB
 SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,steps})
-FRONT=(recall-front 135m-front{,-code})
+FRONT=(135m-front{,-code})
 IMPORTANCE=(135m-importance{,-code})
 RISKS=(recall-risk)
 
@@ -65,6 +65,7 @@ if [ -n "${DATA:-}" ]; then
 fi
 "$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
+FRONT+=(recall-front)
 "$PYTHON" -m experiments.front "${FRONT[@]/#/results/runs/}"
 "$PYTHON" -m experiments.importance "${IMPORTANCE[@]/#/results/runs/}"
 SMALL+=("${FRONT[@]}" "${IMPORTANCE[@]}" "${RISKS[@]}")

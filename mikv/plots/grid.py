@@ -47,7 +47,8 @@ def curve_grid(rows: Sequence[Row], title: str, columns: int | None = None, size
             ax.set_title(literal(f"{panel[0]} · {panel[1]} (n = {n})"), fontsize=10)
         else:
             ax.set_axis_off()
-    for ax in axes[-1]:
+    for column in axes.T:  # under the lowest panel of each
+        ax = [one for one in column if one.axison][-1] if any(one.axison for one in column) else column[-1]
         ax.set_xlabel("cache size, % of the 16-bit cache's bytes")
     figure.suptitle(literal(title), fontsize=11)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}

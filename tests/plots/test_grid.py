@@ -61,6 +61,7 @@ def test_panels_may_come_in_the_order_of_the_rows() -> None:
     titles = [ax.get_title().split(" (")[0] for ax in figure.axes if ax.axison]
     assert titles == ["tiny · digits", "tiny · letters", "small · letters"]
     assert figure.axes[0].get_xlim() == (10, 50)
+    assert [bool(ax.get_xlabel()) for ax in figure.axes if ax.axison] == [False, True, True]  # the lowest of each column
     assert len({ax.get_subplotspec().rowspan.start for ax in figure.axes}) == 2
 
 
