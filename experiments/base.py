@@ -56,9 +56,7 @@ def folders(panel: str, experiment: str, tasks: Sequence[str], arguments: Sequen
         with explained():
             found = [finish(experiment, *task.split(), *options.run) for task in tasks]
     else:
-        found = options.runs or [
-            file.parent for file in sorted(options.records.glob("*/summary.jsonl")) if panel_of(file.parent) == panel
-        ]
+        found = options.runs or runs_of(options.records, panel)
     if not found:
         print(
             f"error: no run of panel={panel} is under {options.records}: python run.py panel={panel} {tasks[0]}",
@@ -67,6 +65,11 @@ def folders(panel: str, experiment: str, tasks: Sequence[str], arguments: Sequen
         raise SystemExit(2)
     options.out.mkdir(parents=True, exist_ok=True)
     return found, options.out
+
+
+def runs_of(out: Path, panel: str) -> list[Path]:
+    """Folders under `out` that hold finished runs of a panel."""
+    return [summary.parent for summary in sorted(out.glob("*/summary.jsonl")) if panel_of(summary.parent) == panel]
 
 
 def run(experiment: str, *overrides: str) -> Results:
