@@ -1,7 +1,7 @@
 """Computes the levels of mikv/quant/codes/trellis.py, and relative errors of codes on Gaussian vectors.
 
-    python -m scripts.fit_trellis             # the levels
-    python -m scripts.fit_trellis --errors    # the errors that docs/lab_book.md gives, grids of 2 and 8 dimensions beside
+    python scripts/fit_trellis.py             # the levels
+    python scripts/fit_trellis.py --errors    # the errors that docs/lab_book.md gives, grids of 2 and 8 dimensions beside
 
 Lloyd's iteration on Gaussian vectors, as long as a code takes them to be: the best paths for some levels, then each level the
 mean of what chose it. Means are taken over both signs, for the levels are symmetric.
@@ -9,7 +9,11 @@ mean of what chose it. Means are taken over both signs, for the levels are symme
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from anywhere in a checkout
 
 import torch
 from torch import Tensor

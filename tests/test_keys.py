@@ -53,7 +53,7 @@ STATEMENTS = ("tracker", "launcher", "experiment")  # groups of which no run dep
 OTHER: dict[str, Any] = {
     "keep": 0.3, "recent": 0.3, "budget": "fixed", "positions": {"original": "contiguous", "contiguous": "original"},
     "bits": {16: 8, 8: 16, 5: 4, 4: 3, 2: 3}, "code": "codebook",
-    "high.key_bits": 8, "high.value_bits": 8, "key_bits": 3, "value_bits": 3,
+    "high.key_bits": 5, "high.value_bits": 5, "key_bits": 3, "value_bits": 3,
     "group": 8,    "dtype": "bfloat16", "model.max_tokens": 3000, "attention": "reference", "question": "hidden",
     "kind": {"extraction": "hijacking", "hijacking": "helpful", "helpful": "hijacking"},
     "source": {"xquad": "nq_open", "nq_open": "xquad", "advbench": "jailbreakbench", "harmbench": "advbench",

@@ -85,15 +85,15 @@ def test_strangers_run_alone_and_in_a_sweep(tmp_path: Path) -> None:
     """From the command line, by name, without a word of the project being changed."""
     small = ["model=tiny-random", "task.lines=4", "task.limit=2", "task.max_new_tokens=3", f"out={tmp_path}", OWN]
     alone = subprocess.run(
-        [sys.executable, "run.py", "policy=ladder", "name=alone", "reader=kernel", *small],
+        [sys.executable, "run.py", "policy=kivi", "name=alone", "reader=kernel", *small],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     assert "the kernels can't read what these store" in alone.stdout
     rows = [json.loads(line) for line in (tmp_path / "alone" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert {(row["policy"], row["reader"]) for row in rows} == {("full", "kernel"), ("ladder", "packed")}
+    assert {(row["policy"], row["reader"]) for row in rows} == {("full", "kernel"), ("kivi", "packed")}
     swept = subprocess.run(
-        [sys.executable, "run.py", "-m", "policy=kivi,snapkv", *small], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "run.py", "-m", "policy=ladder,snapkv", *small], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert swept.returncode == 0, swept.stdout + swept.stderr
     lines = [line for file in tmp_path.glob("*/summary.jsonl") for line in file.read_text("utf-8").splitlines()]

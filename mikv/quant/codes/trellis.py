@@ -11,7 +11,7 @@ for weights, with long paths and computed levels, QTIP (arXiv 2406.11235). For c
 cheap, and reading needs two neighbours' bits and no recursion.
 
 The norm is as in mikv/quant/codes/codebook.py, the bytes are the same, and the relative error is 24 to 31 % less: .089, .023,
-.0061 at 2, 3, 4 bits instead of .117, .033, .0089 (D = 64; `python -m scripts.fit_trellis --errors`).
+.0061 at 2, 3, 4 bits instead of .117, .033, .0089 (D = 64; `python scripts/fit_trellis.py --errors`).
 """
 
 from __future__ import annotations
