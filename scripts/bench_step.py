@@ -1,4 +1,4 @@
-"""What a step of decoding costs with our own policy beside uniform 4 bits: processor seconds of one core, step by step in turns.
+"""What a step of decoding costs with our own policy beside uniform 4 bits: processor seconds of one core, steps in turns.
 
     python scripts/bench_step.py
     python scripts/bench_step.py --model smollm2-135m --prompts 4 --tokens 511 --steps 30
