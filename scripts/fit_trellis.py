@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mikv.quant.codes.codebook import Codebook, centroids, norm_per_vector
+from mikv.quant.codes.codebook import Codebook, Levels, centroids, norm_per_vector
 from mikv.quant.codes.trellis import Trellis, read, search
 
 VECTORS, DIM, ROUNDS = 8000, 128, 100
@@ -46,7 +46,7 @@ def gaussian(count: int, dim: int, seed: int) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def error(code: Codebook | Trellis, dim: int) -> float:
+def error(code: Levels, dim: int) -> float:
     """E |y^ - y|^2 / E |y|^2."""
     y = gaussian(20000, dim, 1)
     return relative(code.decode(code.encode(y, torch.float16)), y)

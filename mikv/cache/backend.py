@@ -17,9 +17,8 @@ from mikv.options import IMPLEMENTATIONS, READERS, check_choice
 from mikv.policy import Policy
 from mikv.quant.base import Code
 from mikv.quant.codes.affine import Affine
-from mikv.quant.codes.codebook import Codebook
+from mikv.quant.codes.codebook import Levels
 from mikv.quant.codes.exact import Exact
-from mikv.quant.codes.trellis import Trellis
 from mikv.quant.tier import Tier
 
 
@@ -60,7 +59,7 @@ def _served(tier: Tier) -> bool:
 def _known(code: Code | None) -> bool:
     if isinstance(code, Affine):
         return code.bits in PACKED_BITS
-    return isinstance(code, Codebook | Exact | Trellis)
+    return isinstance(code, Exact | Levels)
 
 
 def decide(

@@ -19,9 +19,8 @@ from mikv.kernels import pick
 from mikv.kernels.segments import Segment, Vectors
 from mikv.quant.base import Code
 from mikv.quant.codes.affine import Affine
-from mikv.quant.codes.codebook import Codebook
+from mikv.quant.codes.codebook import Levels
 from mikv.quant.codes.exact import Exact
-from mikv.quant.codes.trellis import Trellis
 from mikv.quant.transforms.balance import Balance
 from mikv.rope import Rope
 
@@ -118,7 +117,7 @@ def _vectors(tier: TierStore, what: str, code: Code | None, layer: int) -> Vecto
         return Vectors(16, part("raw"))
     if isinstance(code, Affine):
         return Vectors(code.bits, part("codes"), part("scale"), part("zero"))
-    assert isinstance(code, Codebook | Trellis), "a code that the kernels don't know is read from a dense copy"
+    assert isinstance(code, Levels), "a code that the kernels don't know is read from a dense copy"
     return Vectors(code.bits, part("codes"), part("norm"), levels=code.table(tier.device, half=tier.device.type == "cuda"))
 
 

@@ -165,7 +165,7 @@ def _turn(segment: Segment, parts: Tensor) -> None:
     come before stretches are merged."""
     assert segment.output is not None
     mine = parts.unflatten(1, (segment.keys.data.shape[1], -1)).flatten(2, 3)  # [R, H, G * stretches, D]
-    parts.copy_(segment.output(mine, torch.ones_like(mine[..., :1])).view(parts.shape))
+    parts.copy_(segment.output(mine, torch.ones_like(mine[..., :1])).reshape(parts.shape))
 
 
 def _table(vectors: Vectors) -> Tensor | None:

@@ -9,6 +9,7 @@ scale and a minimum per half vector cost half of a 2-bit cache; one norm costs a
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -25,8 +26,47 @@ _LIMIT = 65504.0  # of FP16
 _ITERATIONS = 5000  # until centroids move by less than FP32 can tell, at 5 bits too
 
 
+class Levels(Code):
+    """Codes of 1 to 5 bits that stand for levels of a fixed table, and one norm per vector. To be inherited from."""
+
+    @property
+    @abstractmethod
+    def known(self) -> tuple[float, ...]:
+        """The table for N(0, 1), rising."""
+
+    @abstractmethod
+    def choose(self, unit: Tensor, table: Tensor) -> Tensor:
+        """Codes uint8 [..., D] of vectors float32 [..., D] of length sqrt(D)."""
+
+    @abstractmethod
+    def read(self, codes: Tensor, table: Tensor) -> Tensor:
+        """Levels float32 [..., D] of codes uint8 [..., D]."""
+
+    def encode(self, y: Tensor, storage: torch.dtype) -> Parts:
+        """{"codes": [..., *], "norm": FP16 [..., 1]}; a vector of zeros is exact."""
+        from mikv.quant.packing import pack
+
+        norm, unit = norm_per_vector(y)
+        table = self.table(y.device)
+        codes = self.choose(unit, table)
+        return {"codes": pack(codes, self.bits), "norm": _stored(norm, self.read(codes, table))}
+
+    def decode(self, parts: Parts) -> Tensor:
+        from mikv.quant.packing import unpack, unpacked_dim
+
+        codes = unpack(parts["codes"], self.bits, unpacked_dim(parts["codes"], self.bits))
+        return self.read(codes, self.table(codes.device)).mul_(parts["norm"].float())
+
+    def size(self, head_dim: int) -> float:
+        return self.bits + 16 / head_dim
+
+    def table(self, device: torch.device, half: bool = False) -> Tensor:
+        """`known` as float32, or FP16."""
+        return _on_device(self.known, device, half)
+
+
 @dataclass(frozen=True)
-class Codebook(Code):
+class Codebook(Levels):
     """bits: 1 to 5."""
 
     bits: int
@@ -34,35 +74,21 @@ class Codebook(Code):
     def __post_init__(self) -> None:
         check_bits("codebook", self.bits, (5, 4, 3, 2, 1))
 
-    def encode(self, y: Tensor, storage: torch.dtype) -> Parts:
-        """{"codes": [..., *], "norm": FP16 [..., 1]}; a vector of zeros is exact."""
+    @property
+    def known(self) -> tuple[float, ...]:
+        return centroids(self.bits)
+
+    def choose(self, unit: Tensor, table: Tensor) -> Tensor:
         import torch
 
-        from mikv.quant.packing import pack
+        return torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
-        norm, unit = norm_per_vector(y)
-        levels = self.table(y.device)
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
-        return {"codes": pack(codes.to(torch.uint8), self.bits), "norm": stored_norm(norm, levels[codes])}
-
-    def decode(self, parts: Parts) -> Tensor:
-        import torch
-
-        from mikv.quant.packing import unpack, unpacked_dim
-
-        codes = unpack(parts["codes"], self.bits, unpacked_dim(parts["codes"], self.bits), torch.int32)
-        return self.table(codes.device)[codes].mul_(parts["norm"].float())
-
-    def size(self, head_dim: int) -> float:
-        return self.bits + 16 / head_dim
-
-    def table(self, device: torch.device, half: bool = False) -> Tensor:
-        """The levels, float32 (or FP16) [2^bits]."""
-        return on_device(centroids(self.bits), device, half)
+    def read(self, codes: Tensor, table: Tensor) -> Tensor:
+        return table[codes.int()]
 
 
 @cache
-def on_device(levels: tuple[float, ...], device: torch.device, half: bool) -> Tensor:
+def _on_device(levels: tuple[float, ...], device: torch.device, half: bool) -> Tensor:
     """float32 or FP16. Once: a step must not wait for a copy to a GPU."""
     import torch
 
@@ -78,7 +104,7 @@ def norm_per_vector(y: Tensor) -> tuple[Tensor, Tensor]:
     return norm, y * (y.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def stored_norm(norm: Tensor, levels: Tensor) -> Tensor:
+def _stored(norm: Tensor, levels: Tensor) -> Tensor:
     """n / |c| in FP16, [..., 1]. levels: c, [..., D]."""
     import torch
 

@@ -19,12 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mikv.quant.base import Code, Parts
 from mikv.quant.codes.affine import check_bits
-from mikv.quant.codes.codebook import norm_per_vector, on_device, stored_norm
+from mikv.quant.codes.codebook import Levels
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # The positive levels for N(0, 1), by bits; scripts/fit_trellis.py computes them.
@@ -48,7 +46,7 @@ _FILLS = 2**17
 
 
 @dataclass(frozen=True)
-class Trellis(Code):
+class Trellis(Levels):
     """bits: 1 to 5."""
 
     bits: int
@@ -56,31 +54,18 @@ class Trellis(Code):
     def __post_init__(self) -> None:
         check_bits("trellis", self.bits, (5, 4, 3, 2, 1))
 
-    def encode(self, y: Tensor, storage: torch.dtype) -> Parts:
-        """{"codes": [..., *], "norm": FP16 [..., 1]}; a vector of zeros is exact."""
+    @property
+    def known(self) -> tuple[float, ...]:
+        return levels(self.bits)
+
+    def choose(self, unit: Tensor, table: Tensor) -> Tensor:
         import torch
 
-        from mikv.quant.packing import pack
+        pieces = unit.flatten(0, -2).split(_AT_ONCE.get(unit.device.type, _FILLS))
+        return torch.cat([search(some, table) for some in pieces]).view(unit.shape)
 
-        norm, unit = norm_per_vector(y)
-        table = self.table(y.device)
-        codes = torch.cat(
-            [search(some, table) for some in unit.flatten(0, -2).split(_AT_ONCE.get(y.device.type, _FILLS))]
-        ).view(y.shape)
-        return {"codes": pack(codes, self.bits), "norm": stored_norm(norm, read(codes, table))}
-
-    def decode(self, parts: Parts) -> Tensor:
-        from mikv.quant.packing import unpack, unpacked_dim
-
-        codes = unpack(parts["codes"], self.bits, unpacked_dim(parts["codes"], self.bits))
-        return read(codes, self.table(codes.device)).mul_(parts["norm"].float())
-
-    def size(self, head_dim: int) -> float:
-        return self.bits + 16 / head_dim
-
-    def table(self, device: torch.device, half: bool = False) -> Tensor:
-        """The levels, float32 (or FP16) [2^(bits + 1)]."""
-        return on_device(levels(self.bits), device, half)
+    def read(self, codes: Tensor, table: Tensor) -> Tensor:
+        return read(codes, table)
 
 
 def levels(bits: int) -> tuple[float, ...]:
