@@ -22,6 +22,8 @@ SHORTEST = 256
 # choice of less, made for more programs, that would spill a few.
 REGISTERS = 224
 MERGED_AT_ONCE = 16
+# Value scales of a stretch that are looked through at once for the largest: many loads under way, no shuffle between them.
+SCALES_AT_ONCE = 1024
 MASS_BLOCK = 256
 
 
@@ -72,6 +74,7 @@ def decode_constants(
         "K_CODE": codes[0],
         "V_CODE": codes[1],
         "BN": shape.tokens,
+        "SCALES": SCALES_AT_ONCE,
         "STAGES": shape.stages,
     }
 

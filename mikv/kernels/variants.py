@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mikv.kernels import columns_launch, decode_launch, encode_launch
-from mikv.kernels.jit import columns, decode, encode
+from mikv.kernels import columns_launch, decode_launch, encode_launch, search_launch
+from mikv.kernels.jit import columns, decode, encode, search
 from mikv.kernels.launch import compiler_options, interpreted
 
 TARGETS = {
@@ -310,7 +310,26 @@ def encode_variants() -> Iterator[Variant]:
         yield encode_variant(MODELS[2], bits, keys=True)
 
 
+def search_variant(model: Model) -> Variant:
+    return Variant(
+        "trellis search",
+        model,
+        search.search,
+        {
+            **dict.fromkeys(("x_ptr", "nearest_ptr"), "*fp32"),
+            "cell_ptr": "*i32",
+            **dict.fromkeys(("within_ptr", "back_ptr", "out_ptr"), "*u8"),
+            **dict.fromkeys(("count", "cells"), "i32"),
+        },
+        {"D": model.head_dim, "BN": search_launch.VECTORS},
+        warps=search_launch.WARPS,
+        stages=3,
+        units=search_launch.VECTORS,
+        options=search_launch.search_options(),
+    )
+
+
 def variants() -> list[Variant]:
     """Everything that is compiled ahead of time."""
-    each = (merge_variant, mass_variant, columns_variant, log_sum_exp_variant)
+    each = (merge_variant, mass_variant, columns_variant, log_sum_exp_variant, search_variant)
     return [*decode_variants(), *(f(model) for f in each for model in MODELS), *encode_variants()]

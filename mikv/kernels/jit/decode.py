@@ -424,6 +424,7 @@ def attend(
     K_CODE: tl.constexpr,
     V_CODE: tl.constexpr,
     BN: tl.constexpr,
+    SCALES: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
     WIDE: tl.constexpr,
@@ -493,11 +494,12 @@ def attend(
         value_scale_ptr += base * NG
         if V_CODE == "affine":
             value_zero_ptr += base * NG
-        largest_scale = 0.0
-        for first in range(low // BN * BN, high, BN):
-            token = first + tl.arange(0, BN)
-            inside = (token >= low) & (token < high)
-            largest_scale = tl.maximum(largest_scale, tl.max(_scales(value_scale_ptr, token, inside, NG, True).to(tl.float32)))
+        largest_scales = tl.zeros([SCALES], tl.float16)
+        for first in range(low * NG, high * NG, SCALES):
+            place = first + tl.arange(0, SCALES)
+            scales = tl.load(value_scale_ptr + place, mask=place < high * NG, other=0.0)
+            largest_scales = tl.maximum(largest_scales, scales)
+        largest_scale = tl.max(largest_scales).to(tl.float32)
         # p * s <= 2^bias * s < 2^15; and p itself, at most 2^bias, is an FP16 number too
         bias = tl.minimum(14 + 127 - ((largest_scale.to(tl.int32, bitcast=True) >> 23) & 255), 15).to(tl.float32)
     if logits_ptr is not None:

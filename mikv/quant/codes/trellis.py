@@ -84,14 +84,25 @@ def read(codes: Tensor, table: Tensor) -> Tensor:
 
 
 def search(x: Tensor, table: Tensor) -> Tensor:
-    """The codes of least square error, uint8 [N, D]. x: float32 [N, D]; table: see `read`."""
+    """The codes of least square error, uint8 [N, D]. x: float32 [N, D]; table: see `read`. On a GPU by a kernel."""
+    import torch
+
+    edges, within, nearest = cells(table)
+    cell = torch.bucketize(x, edges, out_int32=True)
+    if x.device.type == "cuda":
+        from mikv.kernels.search_launch import search as by_kernel
+
+        return by_kernel(x, cell, nearest, within)
+    return walk(x, cell, nearest, within)
+
+
+def walk(x: Tensor, cell: Tensor, nearest: Tensor, within: Tensor) -> Tensor:
+    """Viterbi's algorithm. x: float32 [N, D]; cell: int32 [N, D], where it lies; nearest: float32 [4, cells], the nearest level
+    of each subset; within: uint8 [4, cells], its number in it. Returns codes uint8 [N, D]."""
     import torch
 
     count, dim = x.shape
-    edges, within = _cells(table)
-    x = x.T.contiguous()  # [D, N]
-    cell = torch.bucketize(x, edges, out_int32=True)
-    nearest = table.view(-1, 4).T.gather(1, within.long())  # [4, cells]
+    x, cell = x.T.contiguous(), cell.T.contiguous()  # [D, N]
     cost = torch.stack([subset[cell] for subset in nearest], dim=1)
     cost = cost.sub_(x[:, None]).square_().view(dim, 2, 2, count)  # of the nearest in a subset, [D, p xor p_2, p_1, N]
     other = cost.flip(1)  # the same where p_2 = 1: [D, p, p_1, N]
@@ -112,9 +123,9 @@ def search(x: Tensor, table: Tensor) -> Tensor:
     return (within.flatten()[subset.int() * within.shape[1] + cell] << 1 | path).T
 
 
-def _cells(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers between which another level of some subset becomes the nearest, rising; and which one is the nearest in each
-    cell between them, uint8 [4, cells]. A table of 4 levels has one cell."""
+def cells(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers between which another level of some subset becomes the nearest, rising; which one is the nearest in each cell
+    between them, uint8 [4, cells], and the level itself, float32 [4, cells]. A table of 4 levels has one cell."""
     import torch
 
     own = table.view(-1, 4).T  # [4, levels]
@@ -123,7 +134,7 @@ def _cells(table: Tensor) -> tuple[Tensor, Tensor]:
     subset = order // max(1, middles.shape[1])
     passed = (subset == torch.arange(4, device=table.device)[:, None]).cumsum(dim=1)
     within = torch.cat((passed.new_zeros((4, 1)), passed), dim=1)
-    return middles.flatten()[order].contiguous(), within.to(torch.uint8)
+    return middles.flatten()[order].contiguous(), within.to(torch.uint8), own.gather(1, within)
 
 
 def _before(path: Tensor, channels: int) -> Tensor:
