@@ -4,8 +4,9 @@
 #   DATA=FOLDER scripts/reproduce.sh          FOLDER: README, "Data without the hub"; without it, what needs data is left out
 #   QWEN=FILE scripts/reproduce.sh            FILE: Qwen2.5-Coder-0.5B-Instruct as GGUF (Q4_K_M); without it, its run is left out
 #   LIMIT=20 scripts/reproduce.sh             fewer samples
+#   BATCH=100 scripts/reproduce.sh            on a GPU: as many prompts at a time where our own policy recalls lines
 #
-# One to four hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
+# Up to eight hours on two CPU cores. An interrupted run goes on, a finished one is not computed again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -14,7 +15,7 @@ RUNS=(recall-linerecall)  # kept with its flipped samples
 # kept as summaries: all is to stay below 2 MB
 SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,steps})
 FRONT=(135m-front{,-code})
-IMPORTANCE=(135m-importance{,-code})
+IMPORTANCE=(135m-importance{,-code} importance-{linerecall,guardedrecall})
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -33,11 +34,12 @@ for panel in front importance; do
   "$PYTHON" run.py panel=$panel model=smollm2-135m task=fidelity batch_size=2 name=135m-$panel
   "$PYTHON" run.py panel=$panel model=smollm2-135m task=fidelity task.text=code batch_size=2 name=135m-$panel-code
 done
-few='{policy: full}, {policy: whiten, window: 8, newest: 4, keep: 0.01, high: 5, sinks: 1}, {policy: whiten}'
-few+=', {policy: whiten, extra: 0.25}, {policy: uniform, balance: true, tier: 2}, {policy: uniform, balance: true, tier: 3}'
-few+=', {policy: mikv, high.bits: 8, low.bits: 2}'
-"$PYTHON" run.py panel=front "panel.entries=[$few]" model=smollm2-recall task=linerecall task.limit=$((2 * LIMIT)) \
-  task.max_new_tokens=16 batch_size=4 fidelity=false name=recall-front
+long=(model=smollm2-recall task.limit=$((2 * LIMIT)) batch_size="${BATCH:-4}" fidelity=false)
+"$PYTHON" run.py panel=front task=linerecall "${long[@]}" name=recall-front
+"$PYTHON" run.py panel=front task=linerecall task.lines=40 "${long[@]}" name=recall-front-40
+for task in linerecall guardedrecall; do
+  "$PYTHON" run.py panel=importance task=$task "${long[@]}" "name=importance-$task"
+done
 "$PYTHON" -m experiments.steps model=smollm2-135m task.limit=6 batch_size=2 name=135m-steps
 if [ -n "${QWEN:-}" ]; then
   qwen=(model=qwen2.5-7b model.name=qwen2.5-coder-0.5b model.path="$QWEN")
@@ -65,7 +67,7 @@ if [ -n "${DATA:-}" ]; then
 fi
 "$PYTHON" -m experiments.risks "${RISKS[@]/#/results/runs/}"
 "$PYTHON" scripts/keep_results.py "${RUNS[@]/#/results/runs/}"
-FRONT+=(recall-front)
+FRONT+=(recall-front{,-40})
 "$PYTHON" -m experiments.front "${FRONT[@]/#/results/runs/}"
 "$PYTHON" -m experiments.importance "${IMPORTANCE[@]/#/results/runs/}"
 SMALL+=("${FRONT[@]}" "${IMPORTANCE[@]}" "${RISKS[@]}")
