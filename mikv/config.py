@@ -5,7 +5,6 @@ What can be checked without torch is checked before it is imported: a slip is an
 
 from __future__ import annotations
 
-import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +88,7 @@ def _values(override: Override, own: Path | None) -> list[str]:
         return [str(override.input_line)]
     value = override.value()
     if isinstance(value, Glob):
-        found = [name for name in _choices(group, own) if any(fnmatch.fnmatch(name, pattern) for pattern in value.include)]
+        found = value.filter(_choices(group, own))
         if not found:
             raise ConfigError(f"{override.input_line}: there are {', '.join(_choices(group, own))}")
         return [f"{name}={choice}" for choice in found]
@@ -285,8 +284,8 @@ def launcher(config: DictConfig) -> Any:
 def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec, own: Path | None) -> tuple[tuple[Policy, ...], str]:
     """The policies to run, `full` first: everything is compared with it. And a name for them.
 
-    An entry with `size` (a share of the 16-bit cache's bytes) gets the largest `keep` that fits it; where none does, it is
-    left out, with a note.
+    An entry with `size` (a share of the 16-bit cache's bytes, or several) gets the largest `keep` that fits it; where none
+    does, it is left out, with a note.
     """
     full = policy("full")
     if config.get("panel") is None:
@@ -307,7 +306,7 @@ def _panel(config: DictConfig, chosen: Sequence[str], model: ModelSpec, own: Pat
 
 
 def _entries(config: DictConfig, chosen: Sequence[str]) -> list[tuple[str, dict[Any, Any], float | None]]:
-    """Of a panel: each entry's policy, its options, and the size that it is to have."""
+    """Of a panel: each entry's policy, its options, and the size that it is to have; an entry with a list of sizes is many."""
     if "policy" in chosen:
         raise ConfigError("policy=... and panel=... exclude each other: a panel brings its own policies")
     if not config.panel.entries:
@@ -317,10 +316,12 @@ def _entries(config: DictConfig, chosen: Sequence[str]) -> list[tuple[str, dict[
         options = OmegaConf.to_container(entry, resolve=True) if OmegaConf.is_config(entry) else entry
         if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
             raise ConfigError(f"panel.entries[{number}]={options}: wanted {{policy: NAME, ...}} with a name of conf/policy")
-        size = options.pop("size", None)
-        if size is not None:
-            check_option("size", size, 0.2)
-        entries.append((options.pop("policy"), options, size))
+        sizes = options.pop("size", None)
+        name = options.pop("policy")
+        for size in sizes if isinstance(sizes, list) else [sizes]:
+            if sizes is not None:
+                check_option("size", size, 0.2)
+            entries.append((name, dict(options), size))
     return entries
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mikv.metrics.pareto import pareto_front
 from mikv.plots.style import literal, look, pyplot, save
 
 Row = dict[str, Any]
 
+_ROOM = 20  # labels, at most
 # How strongly labels push each other away, and how far in one step, in pixels; one after the other until no label lies on
 # another: no single choice suits all figures.
 _PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (1.2, 20), (2.0, 10), (0.5, 5))
@@ -59,22 +61,43 @@ def _points(ax: Any, rows: Sequence[Row]) -> None:
 
 
 def _annotate(ax: Any, rows: Sequence[Row]) -> None:
-    """A label beside each point, moved where it would lie on another label or point."""
+    """A label beside each point, moved where it would lie on another label or point; of more points than have room those on
+    the Pareto front, and where there is no way to place all of these, as many as can be. The run's table has them all."""
+    points = [ax.transData.transform((row["size_percent"], row["value"])) for row in rows]
+    named = list(range(len(rows)))
+    if len(rows) > _ROOM:
+        values = [row["value"] for row in rows]
+        named = pareto_front([row["size_percent"] for row in rows], values, rows[0]["lower_is_better"])
+        named = sorted({*named, *(place for place, row in enumerate(rows) if row["policy"] == "full")})
+    # a little up and right of the point, in pixels: the scale may be logarithmic
+    starts = {place: ax.transData.inverted().transform(points[place] + 9) for place in named}
+    texts = {
+        place: ax.text(*start, literal(_short(rows[place])), fontsize=7, color=look(rows[place]["policy"])[0])
+        for place, start in starts.items()
+    }
+    pushes: Sequence[tuple[float, int]] = _PUSHES
+    while not _placed(ax, rows, texts, starts, points, pushes):
+        pushes = _PUSHES[:2]
+        crowded = max(texts, key=lambda place: _on_others(texts, place, points))
+        texts.pop(crowded).remove()
+
+
+def _placed(
+    ax: Any,
+    rows: Sequence[Row],
+    texts: dict[int, Any],
+    starts: dict[int, Any],
+    points: Sequence[Any],
+    pushes: Sequence[tuple[float, int]],
+) -> bool:
+    """Move labels, with one push after the other, until none lies on another or on a point; whether that was reached."""
     from adjustText import adjust_text
 
-    points = [ax.transData.transform((row["size_percent"], row["value"])) for row in rows]
-    # a little up and right of the point, in pixels: the scale may be logarithmic
-    starts = [ax.transData.inverted().transform(point + 9) for point in points]
-    texts = [
-        ax.text(*start, literal(_short(row)), fontsize=7, color=look(row["policy"])[0])
-        for start, row in zip(starts, rows, strict=True)
-    ]
-    for push in _PUSHES:
-        force, step = push
-        for text, start in zip(texts, starts, strict=True):
-            text.set(position=start, ha="left", va="baseline")  # the library centres them
+    for force, step in pushes:
+        for place, text in texts.items():
+            text.set(position=starts[place], ha="left", va="baseline")  # the library centres them
         _, arrows = adjust_text(
-            texts,
+            list(texts.values()),
             x=[row["size_percent"] for row in rows],
             y=[row["value"] for row in rows],
             ax=ax,
@@ -85,10 +108,18 @@ def _annotate(ax: Any, rows: Sequence[Row]) -> None:
             max_move=(step, step),
             iter_lim=300,  # the library's own limit is one of time: a busy machine would draw another figure
         )
-        if push == _PUSHES[-1] or not collisions(texts, points):
-            break
+        if not collisions(list(texts.values()), points):
+            return True
         for arrow in arrows:
             arrow.remove()
+    return False
+
+
+def _on_others(texts: dict[int, Any], place: int, points: Sequence[Any]) -> int:
+    """How many labels and points a label lies on."""
+    box = texts[place].get_window_extent()
+    others = sum(box.overlaps(text.get_window_extent()) for other, text in texts.items() if other != place)
+    return others + sum(bool(box.contains(*point)) for point in points)
 
 
 def _short(row: Row) -> str:

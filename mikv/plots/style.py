@@ -15,6 +15,23 @@ _STYLE = {
     "uniform": ("#009E73", "^"),
     "random": ("#999999", "v"),
     "recent_only": ("#CC79A7", "P"),
+    "whiten": ("#7B3294", "<"),
+    # what evicts, by the attention that it asks; what quantizes
+    "snapkv": ("#F0A0A0", "o"),
+    "pyramidkv": ("#A65628", "^"),
+    "adakv": ("#E41A1C", "v"),
+    "criticalkv": ("#B22222", ">"),
+    "defensivekv": ("#67000D", "P"),
+    "tova": ("#FDBF6F", "p"),
+    "expected_attention": ("#F781BF", "h"),
+    "keydiff": ("#B8A000", "8"),
+    "knorm": ("#666600", "d"),
+    "kivi": ("#17BECF", "s"),
+    "hf_quantized": ("#666666", "X"),
+    "turboquant": ("#1F3A93", "D"),
+    "kvarn": ("#56B4E9", "p"),
+    "zipcache": ("#4DAF4A", "h"),
+    "kvtuner": ("#006D2C", "8"),
 }
 # Of all others, by a number that their name gives: the same in every figure, though now and then two share one.
 _OTHERS = [

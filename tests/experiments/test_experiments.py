@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from experiments import front, steps
+from experiments import field, front, steps
 from experiments.base import adjusted, compare, paper_table, percent, points
 from experiments.risks import BUDGETS, budget, risks
 from experiments.risks import table as risk_table
@@ -137,6 +137,53 @@ def test_a_rival_has_as_many_bytes_or_up_to_a_quarter_more() -> None:
     assert best is not None
     assert best["label"] == "b 20"
     assert front.rival(row("whiten", 30, 0.1), rows) is None
+
+
+def test_a_neighbour_is_the_best_other_method_at_equal_bytes() -> None:
+    def row(policy: str, size: float, value: float) -> dict[str, Any]:
+        return {"policy": policy, "label": f"{policy} {size}", "size_percent": size, "value": value, "lower_is_better": False}
+
+    rows = [
+        row("full", 20, 1),
+        row("a", 20, 0.5),
+        row("a", 20.5, 0.9),
+        row("b", 18.9, 0.7),
+        row("b", 18, 0.8),
+        row("c", 21, 0.6),
+    ]
+    found = field.neighbour(rows[1], rows)
+    assert found is not None
+    assert found["label"] == "b 18.9"
+    best = field.neighbour(rows[3], rows)
+    assert best is not None
+    assert best["label"] == "a 20"  # 20.5 is more than 6 % above 18.9
+    assert field.neighbour(row("d", 50, 1), rows) is None
+
+
+def test_the_field_shows_each_run_and_draws_a_figure_per_task(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paired with neighbours, marked where no smaller policy is better; both protocols in one figure."""
+    few = "[{policy: full}, {policy: snapkv, size: [0.3, 0.5]}, {policy: knorm, size: 0.5}, {policy: kivi, residual: 32}]"
+    for question in ("visible", "hidden"):
+        asked = [f"panel.entries={few}", f"protocol.question={question}", f"out={tmp_path}", f"name={question}"]
+        execute(compose("experiment=field", *model, "task=linerecall", *LINES, *asked))
+    capsys.readouterr()
+    program("field", "--records", str(tmp_path), "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert (tmp_path / "field-linerecall.png").stat().st_size > 20_000
+    assert "question hidden" in printed
+    for name in ("visible", "hidden"):
+        rows = [json.loads(line) for line in (tmp_path / name / "summary.jsonl").read_text().splitlines()]
+        snap = [row["size_percent"] for row in rows if row["policy"] == "snapkv"]
+        assert len(snap) == 2
+        assert name == "hidden" or [round(size, -1) for size in snap] == [30, 50]  # a question is kept, and is long here
+        for row in rows:
+            cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines() if row["label"] in line]
+            assert any(f"{row['size_percent']:.1f}" in cell and f"{row['value']:.3g}" in " ".join(cell) for cell in cells)
+    knorm = next(line for line in printed.splitlines() if line.split("│")[1:2] and "knorm" in line.split("│")[1])
+    assert "snapkv" in knorm  # its neighbour
+    assert "full" in next(line for line in printed.splitlines() if line.rstrip().endswith("│") and "│ full" in line)
 
 
 def test_no_run_of_a_panel_ends_with_the_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +362,7 @@ def test_every_experiment_says_what_it_is_and_answers_a_slip(name: str) -> None:
     told = said("--help")
     assert told.returncode == 0, told.stderr
     assert f"python -m experiments.{name}" in told.stdout
-    slip = said(*(["--run"] if name in ("risks", "front", "importance") else []), "policy.kep=0.1")
+    slip = said(*(["--run"] if name in ("risks", "front", "importance", "field") else []), "policy.kep=0.1")
     assert slip.returncode == 2
     assert "Traceback" not in slip.stderr
     assert "did you mean policy.keep?" in slip.stderr
