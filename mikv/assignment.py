@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mikv.budget import exact
 from mikv.policy import Policy
+from mikv.shares import exact
 from mikv.tensors import ranks
 
 PADDING = -1  # tier index of a column that holds no token

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from mikv.importance.base import Context, Observer
 from mikv.options import check_choice
+from mikv.shares import check_ratio, exact
 
 if TYPE_CHECKING:  # a policy is data: it can be built and checked before torch is loaded
     from torch import Tensor
+
+
+_EVERY = 2**40  # tokens
 
 
 class Budget(Protocol):
@@ -162,6 +166,56 @@ class Bytes(Budget):
 
 
 @dataclass(frozen=True)
+class Residual(Budget):
+    """The first of two tiers holds what has come since it was last emptied, which is after each so many tokens.
+
+    Args:
+        length: after so many it is emptied.
+        of: what is counted: tokens `seen`, so that the prompt's end may be in it; or `generated` ones, so that a prompt is
+            never.
+    """
+
+    length: int
+    of: str = "seen"
+
+    tiers = 2
+    grows = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"budget: length={self.length}: a number of tokens, at least 1")
+        check_choice("budget", self.of, ("seen", "generated"))
+
+    def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
+        counted = context.seen if self.of == "seen" else (context.seen - context.prompt_lengths).clamp(min=0)
+        return (counted % self.length)[None, None, :, None]
+
+
+@dataclass(frozen=True)
+class Boundary(Budget):
+    """The first and the last layers hold everything in the first of two tiers, the others nothing.
+
+    Args:
+        layers: so many at each end.
+    """
+
+    layers: int
+
+    tiers = 2
+    whole = 2
+    grows = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 0:
+            raise ValueError(f"budget: layers={self.layers}: a number of layers, 0 or more")
+
+    def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
+        place = context.layers.cpu()
+        inner = (place >= self.layers) & (place < context.total_layers - self.layers)
+        return (_EVERY * ~inner)[None, :, None, None].expand(-1, -1, len(context.prompt_lengths), -1)
+
+
+@dataclass(frozen=True)
 class PerLayer(Budget):
     """Another budget's quotas, times a factor for each layer.
 
@@ -245,19 +299,6 @@ def kept(name: str, keep: float, budget: str) -> Amounts:
     check_ratio(name, keep)
     check_choice(f"{name}: budget", budget, ("ratio", "fixed"))
     return Amounts((keep,), of="seen" if budget == "ratio" else "prompt")
-
-
-def exact(share: float) -> Fraction:
-    """The decimal number that was written, not its binary neighbour."""
-    try:
-        return Fraction(str(share))
-    except ValueError as error:
-        raise ValueError(f"{share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)") from error
-
-
-def check_ratio(name: str, share: float) -> None:
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"{name}: {share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)")
 
 
 EVERYTHING = Amounts()

@@ -26,7 +26,7 @@ _NULLABLE: dict[str, type] = {
     **dict.fromkeys(("file", "text", "include", "reader", "attention", "name", "entity", "tracker.group"), str),
     **dict.fromkeys(("partition", "account", "qos", "constraint"), str),
     **dict.fromkeys(("only", "tasks", "categories", "gpu_ids"), list),
-    **dict.fromkeys(("gen_kwargs", "metadata"), dict),
+    **dict.fromkeys(("gen_kwargs", "metadata", "options"), dict),
 }
 _KINDS: dict[type, str] = {
     bool: "true or false",

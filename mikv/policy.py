@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mikv.budget import EVERYTHING, Amounts, Budget, check_ratio, exact
+from mikv.budget import EVERYTHING, Amounts, Budget
 from mikv.identity import identity_of
 from mikv.importance.base import Importance, Observer
 from mikv.options import check_choice
 from mikv.quant.tier import Tier
+from mikv.shares import check_ratio, exact
 
 
 @dataclass(frozen=True)

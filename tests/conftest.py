@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,6 +26,7 @@ from mikv.engine import Engine
 from mikv.engine.requests import Decoding, Prompt
 from mikv.models.tiny import tiny_config, tiny_model
 from mikv.policy import Policy
+from mikv.quant.tier import Tier
 
 install()
 
@@ -29,7 +34,10 @@ install()
 collect_ignore = [] if find_spec("triton") else ["kernels"]
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-POLICIES = sorted(file.stem for file in (CONF / "policy").glob("[!_]*.yaml"))
+# All that can be had: presses come with a library of their own (tests/baselines/test_kvpress.py has a stand-in).
+POLICIES = sorted(
+    file.stem for file in (CONF / "policy").glob("[!_]*.yaml") if file.stem != "kvpress" or find_spec("kvpress") is not None
+)
 STRANGER_FILES = Path(__file__).parent / "strangers"
 STRANGERS = sorted(file.stem for file in (STRANGER_FILES / "policy").glob("*.yaml"))
 NO_END: frozenset[int] = frozenset()
@@ -77,7 +85,11 @@ def bits_everywhere(name: str, bits: int) -> Policy:
     overrides: dict[str, Any] = {f"{key}.bits": bits for key, value in options if isinstance(value, DictConfig)}
     if policy(name).evicts:
         overrides["keep"] = 1.0
-    return policy(name, overrides)
+    found = policy(name, overrides)
+    if overrides:
+        return found
+    tiers = (tier if tier.exact else Tier(bits) for tier in found.tiers)  # of a policy that takes none from outside
+    return replace(found, tiers=tuple(tiers))
 
 
 def named_policy(name: str) -> Policy:
@@ -89,6 +101,13 @@ def named_policy(name: str) -> Policy:
 def any_policy(request: pytest.FixtureRequest) -> Policy:
     """Every policy of conf/policy and of tests/strangers, found by listing the folders."""
     return named_policy(request.param)
+
+
+@pytest.fixture
+def kvpress_side(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """scripts/kvpress_side.py beside a kvpress that has one press."""
+    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(Press=SimpleNamespace))
+    return importlib.import_module("scripts.kvpress_side")
 
 
 @pytest.fixture(scope="session")

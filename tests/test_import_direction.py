@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv": (),
     "mikv.types": (),
     "mikv.options": (),
+    "mikv.shares": (),
     "mikv.credentials": (),
     "mikv.tensors": (),
     "mikv.identity": (),
@@ -28,11 +29,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.quant": ("mikv.types", "mikv.options", "mikv.rope", "mikv.quant"),
     "mikv.quant.codes.trellis": ("mikv.quant", "mikv.kernels.search_launch"),  # on a GPU torch would take a launch per channel
     "mikv.randomness": (),
-    "mikv.importance": ("mikv.types", "mikv.randomness", "mikv.importance"),
+    "mikv.importance": ("mikv.types", "mikv.shares", "mikv.randomness", "mikv.rope", "mikv.tensors", "mikv.importance"),
     "mikv.kernels": ("mikv.types", "mikv.options", "mikv.quant", "mikv.kernels"),
-    "mikv.budget": ("mikv.options", "mikv.importance", "mikv.tensors"),
-    "mikv.policy": ("mikv.types", "mikv.options", "mikv.identity", "mikv.quant", "mikv.importance", "mikv.budget"),
-    "mikv.assignment": ("mikv.policy", "mikv.budget", "mikv.tensors"),
+    "mikv.budget": ("mikv.options", "mikv.shares", "mikv.importance", "mikv.tensors"),
+    "mikv.policy": (
+        "mikv.types",
+        "mikv.options",
+        "mikv.shares",
+        "mikv.identity",
+        "mikv.quant",
+        "mikv.importance",
+        "mikv.budget",
+    ),
+    "mikv.assignment": ("mikv.policy", "mikv.shares", "mikv.tensors"),
     "mikv.mikv": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.budget"),
     "mikv.head_bits": ("mikv.budget", "mikv.importance", "mikv.tensors"),
     "mikv.whiten": ("mikv.quant", "mikv.importance", "mikv.options", "mikv.policy", "mikv.budget", "mikv.head_bits"),
@@ -91,9 +100,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mikv.sweep.overview": ("mikv.columns", "mikv.table", "mikv.sweep"),
     "mikv.sweep.launch": ("mikv.cli", "mikv.config", "mikv.stopping", "mikv.sweep", "hydra_plugins.hydra_submitit_launcher"),
     "hydra_plugins.mikv_launcher": ("mikv.sweep",),
-    "baselines": ("mikv.types", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.budget"),
+    "baselines": (
+        *("mikv.types", "mikv.options", "mikv.shares", "mikv.quant", "mikv.importance", "mikv.policy", "mikv.budget"),
+    ),
     "experiments": ("mikv", "experiments"),
-    "scripts": ("mikv", "baselines"),
+    "scripts": ("mikv", "baselines", "scripts"),
     "run": ("mikv", "experiments"),
 }
 # Outside worlds, and the only modules that may import them.
@@ -105,6 +116,7 @@ ENTRANCES: dict[str, tuple[str, ...]] = {
     "hydra": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
     "omegaconf": ("run", "mikv.config", "mikv.sweep.launch", "hydra_plugins"),
     "submitit": ("mikv.sweep.launchers",),
+    "kvpress": ("baselines.kvpress", "scripts.kvpress_side"),
 }
 OURS = ("mikv", "hydra_plugins", "baselines", "experiments", "scripts", "run")
 

@@ -60,7 +60,11 @@ OTHER: dict[str, Any] = {
                "jailbreakbench": "advbench"},
     "part": {"ending": "translation", "translation": "ending"}, "depths": {None: 2, 5: 4}, "system": "Be brief.",
     "model.name": "other", "key": "affine3", "value": "affine3",
+    "kernel": 7, "residual": 256, "mass": 0.5, "least": 0.5, "first": 0.3, "epsilon": 0.1,
+    "heads": "layer",
     "extra": 0.5, "centre": "after", "policy.balance": {"rms": "max", True: False, False: True}, "importance": "random",
+    "probes": 0.2, "per": "length",
+    "preset": {"k3v4_nc": "4bit_nc", None: "Qwen2.5-7B-Instruct_pertoken_KVTuner4_0"}, "layers": [[8, 8], [4, 2]],
 }  # fmt: skip
 # Options that need a file, a repository or another option; each has a test of its own.
 ELSEWHERE = ("model.path", "model.adapter", "task.file", "task.text", "file", "judge", "_target_", "task.metric")

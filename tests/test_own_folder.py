@@ -44,9 +44,9 @@ def test_a_yaml_may_inherit_from_the_projects(tmp_path: Path) -> None:
     [
         (["conf_dir=nowhere", "policy=mikv"], "conf_dir=nowhere: wanted a folder"),
         ([f"conf_dir={ROOT / 'mikv' / 'kernels'}"], "wanted a folder that holds YAML files in one of"),
-        ([OWN, "policy=snapvk"], "did you mean policy=snapkv"),
-        ([OWN, "policy=snapkv", "policy.windw=3"], "did you mean policy.window"),
-        (["policy=snapkv"], "there is no policy 'snapkv'"),
+        ([OWN, "policy=jruy"], "did you mean policy=jury"),
+        ([OWN, "policy=jury", "policy.windw=3"], "did you mean policy.window"),
+        (["policy=jury"], "there is no policy 'jury'"),
     ],
 )
 def test_a_slip_is_answered(arguments: list[str], message: str) -> None:
@@ -85,17 +85,17 @@ def test_strangers_run_alone_and_in_a_sweep(tmp_path: Path) -> None:
     """From the command line, by name, without a word of the project being changed."""
     small = ["model=tiny-random", "task.lines=4", "task.limit=2", "task.max_new_tokens=3", f"out={tmp_path}", OWN]
     alone = subprocess.run(
-        [sys.executable, "run.py", "policy=kivi", "name=alone", "reader=kernel", *small],
+        [sys.executable, "run.py", "policy=blocks", "name=alone", "reader=kernel", *small],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     assert "the kernels can't read what these store" in alone.stdout
     rows = [json.loads(line) for line in (tmp_path / "alone" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert {(row["policy"], row["reader"]) for row in rows} == {("full", "kernel"), ("kivi", "packed")}
+    assert {(row["policy"], row["reader"]) for row in rows} == {("full", "kernel"), ("blocks", "packed")}
     swept = subprocess.run(
-        [sys.executable, "run.py", "-m", "policy=ladder,snapkv", *small], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "run.py", "-m", "policy=ladder,jury", *small], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert swept.returncode == 0, swept.stdout + swept.stderr
     lines = [line for file in tmp_path.glob("*/summary.jsonl") for line in file.read_text("utf-8").splitlines()]
     found = {json.loads(line)["policy"] for line in lines}
-    assert {"kivi", "snapkv", "ladder"} <= found
+    assert {"blocks", "jury", "ladder"} <= found

@@ -17,10 +17,10 @@ import torch
 from conftest import NO_END, POLICIES, STRANGERS, answers, bits_everywhere, engine, model, named_policy, prompt, tokens
 from rounding import assert_answers_alike
 
-from mikv.budget import Amounts
+from mikv.budget import Amounts, Residual
 from mikv.cache.compressed import CompressedCache
 from mikv.cache.tier_store import TierStore
-from mikv.config import policy
+from mikv.config import options_of_policy, policy
 from mikv.engine import Engine
 from mikv.engine.requests import Decoding, Prompt
 from mikv.importance.base import Observer
@@ -57,8 +57,8 @@ def test_16_bits_everywhere_is_the_stock_cache_token_for_token(name: str, dtype:
 @pytest.mark.parametrize("name", POLICIES)
 def test_keeping_everything_is_uniform_and_keeping_nothing_is_uniform(name: str) -> None:
     """ratio 1 = every token in the first tier, ratio 0 = every token in the last: both are uniform quantization."""
-    if len(policy(name).tiers) == 1:
-        pytest.skip(f"{name} has a single tier: it has no ratio")
+    if "high" not in options_of_policy(name) or len(policy(name).tiers) != 2:
+        pytest.skip(f"{name} has no two tiers from outside that a ratio splits")
     if policy(name).evicts:
         pytest.skip(f"{name} evicts: with ratio 0 there is nothing to compare with")
     if policy(name).sinks:
@@ -143,14 +143,16 @@ def pair_bytes(any_policy: Policy, index: int, count: int, dim: int) -> float:
 
 
 def side_bytes(any_policy: Policy, dim: int) -> int:
-    """Bytes of one head's transforms: the paper's balancer has four a channel, means and the rms balancer two; equal first
-    steps of two tiers are one."""
+    """Bytes of one head's transforms: the paper's balancer has four a channel, means, the rms balancer and a scale two, a
+    range four; equal first steps of two tiers are one."""
     width = {
         "Balance(by='max')": 4,
         "Balance(by='rms')": 2,
         "Centre(rope='before')": 2,
         "Centre(rope='after')": 2,
         "Rotate()": 0,
+        "Scale(by='range')": 4,
+        "Scale(by='root')": 2,
     }
     tiers = [tier for tier in any_policy.tiers if not tier.evicted]
     steps = {
@@ -202,6 +204,9 @@ def test_the_declared_budget_holds_at_every_step(any_policy: Policy) -> None:
             lengths = store.seen if any_policy.budget.of == "seen" else torch.tensor([41, 23])
             shape = (counts.shape[0] - 1, counts.shape[1], 2, counts.shape[3])
             quotas = torch.stack([*any_policy.budget.counts(lengths), lengths])[:-1, None, :, None].expand(shape)
+        elif isinstance(any_policy.budget, Residual):
+            since = torch.zeros(2, dtype=torch.long) if any_policy.budget.of == "seen" else torch.tensor([41, 23])
+            quotas = ((store.seen - since) % any_policy.budget.length)[None, None, :, None].expand(counts[:-1].shape)
         elif quotas is None:
             quotas = store._settled
         assert quotas is not None
@@ -254,7 +259,9 @@ def test_the_first_answer_token_feels_the_cache() -> None:
 
 
 def test_every_policy_but_full_moves_the_logits(any_policy: Policy) -> None:
-    full, mine = logits_of(engine(), [policy("full"), any_policy], steps=3)
+    """In a prompt that is longer, and a model that is deeper, than what residuals, and layers at both ends, keep exact."""
+    deep, long = engine(layers=6), tokens(300)
+    full, mine = logits_of(deep, [policy("full"), any_policy], 3, long)
     assert torch.equal(full, mine) == any_policy.lossless
 
 

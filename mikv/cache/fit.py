@@ -25,19 +25,22 @@ _STEPS = 1000  # shares are multiples of 1 / _STEPS: labels stay readable
 def counted_size(policy: Policy, head_dim: int, tokens: int = TOKENS) -> float:
     """Stored bytes of a context of so many tokens over those of the 16-bit cache, counted from the tensors of one head."""
     noise = torch.randn(2, 1, 1, 1, tokens, head_dim, generator=torch.Generator().manual_seed(0))
-    scores = torch.rand(1, 1, 1, tokens, generator=torch.Generator().manual_seed(1))
+    geometry, lengths = Geometry(1, 1, 1, head_dim), Lengths(torch.tensor([tokens]), tokens)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {observer: observer.start(geometry, lengths, noise.device).result().shape for observer in policy.observers}
     bank = PrefillBank(
         layers=torch.zeros(1, dtype=torch.long),
         keys=noise[0],
         values=noise[1],
         query_absmax=noise[0].abs().amax(dim=3),
         query_squares=noise[0].square().sum(dim=3),
-        observed=dict.fromkeys(policy.observers, scores),
+        observed={observer: torch.rand(shape, generator=generator) for observer, shape in shapes.items()},
         last_queries=noise.new_zeros((1, 1, 1, 1, 0, head_dim)),
     )
-    lengths = Lengths(torch.tensor([tokens]), tokens)
     rope = Rope(torch.ones(head_dim // 2))
-    state = PrefillState((bank,), lengths, torch.zeros(1, dtype=torch.long), Geometry(1, 1, 1, head_dim), torch.bfloat16, rope)
+    prompts = torch.zeros(1, dtype=torch.long)
+    # which tokens a score chooses does not change their number
+    state = PrefillState((bank,), lengths, prompts, geometry, torch.bfloat16, rope, lambda _: noise.new_ones(1, 1, head_dim))
     (usage,) = CompressedCache(state, [policy], backend=Backend("packed")).usage()
     return sum(usage.nbytes.values()) / usage.full_nbytes
 

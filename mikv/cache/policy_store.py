@@ -95,7 +95,7 @@ class PolicyStore:
         positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
         self._costs = tuple(map(self._token_bytes, range(len(policy.tiers)))), self._side_bytes() / self._per_row
         context = self._context(positions, bank.keys, bank.values)
-        scores = self.score_prompt(state, bank)
+        scores = self.score_prompt(state, bank, fits.memo)
         self._settled = None
         if not policy.budget.grows:
             everywhere = partial(self._of_all_banks, state, fits)
@@ -108,14 +108,16 @@ class PolicyStore:
             if not tier.evicted:
                 self.tiers.append(self._build(index, bank, assigned == index, positions, scores))
 
-    def score_prompt(self, state: PrefillState, bank: PrefillBank) -> Tensor | None:
-        """Importance of the prompt's tokens, float32 [L, B, H, T], before any step; None for a policy without."""
+    def score_prompt(self, state: PrefillState, bank: PrefillBank, memo: dict[str, Tensor] | None = None) -> Tensor | None:
+        """Importance of the prompt's tokens, float32 [L, B, H, T], before any step; None for a policy without. memo: see
+        mikv.importance.base.Context."""
         importance = self.policy.importance
         if importance is None:
             return None
         positions = state.lengths.positions(bank.keys.device)[None, :, None, :].expand(bank.keys.shape[:4])
         observed = None if importance.observer is None else bank.observed[importance.observer]
-        return importance.score(replace(self._context(positions, bank.keys, bank.values), observed=observed))
+        context = replace(self._context(positions, bank.keys, bank.values), observed=observed)
+        return importance.score(context if memo is None else replace(context, memo=memo))
 
     def _of_all_banks(self, state: PrefillState, fits: Fits) -> list[Context]:
         """Of the prompt, as a budget sees it that spans the layers of several devices."""
@@ -146,6 +148,7 @@ class PolicyStore:
             keys=keys,
             values=values,
             output_projection=self._output_projection,
+            rope=self._rope,
             token_bytes=self._costs[0],
             side_bytes=self._costs[1],
         )

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mikv.attention.fused import fused_causal_attention
 from mikv.attention.reference import causal_attention
-from mikv.importance.base import Observer, ObserverState
+from mikv.importance.base import Attended, Observer, ObserverState
 from mikv.importance.scores import ColumnSumsState
 from mikv.kernels import pick
 from mikv.rope import Rope
@@ -33,8 +33,8 @@ class PrefillBank:
 
     layers int64 [L] (their indices); keys, values [L, B, H, T, D] in the model's dtype, keys after RoPE; query_absmax,
     query_squares float32 [L, B, H, D], the largest |q| and the sum of q^2 over real tokens and the query heads of a group;
-    observed: float32 [L, B, H, T] per observer; last_queries [L, B, H, G, W, D]: of the last W columns (fewer where there are
-    not so many behind a shared prefix), after RoPE, in the model's dtype.
+    observed: float32 [L, B, H, T, ...] per observer, of queries [L, B, H, ...]; last_queries [L, B, H, G, W, D]: of the last W
+    columns (fewer where there are not so many behind a shared prefix), after RoPE, in the model's dtype.
     """
 
     layers: Tensor
@@ -73,6 +73,7 @@ class PrefillCache(Cache):
         lengths: of the whole prompts, the prefix included.
         observers: what must be watched.
         prefix: prefill of one row (watched by the same observers) that all prompts begin with; each is longer than it.
+        rope: of the model, for observers of queries.
         kernels: `triton` = where column sums are all that is watched its kernel makes them, and attention is torch's fused one:
             no probabilities are ever written. (Not behind a prefix, whose queries are not there any more.)
     """
@@ -86,16 +87,26 @@ class PrefillCache(Cache):
         observers: Sequence[Observer],
         prefix: PrefillState | None = None,
         kernels: str = "reference",
+        rope: Rope | None = None,
     ) -> None:
         self._geometry, self._dtype, self._lengths = geometry, dtype, lengths
         self._collecting: list[_CollectingBank] = []
         layers: list[_PrefillLayer] = []
         for device, indices in groupby(range(geometry.layers), key=lambda layer: devices[layer]):
             before = None if prefix is None else prefix.banks[len(self._collecting)]
-            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers, before, kernels)
+            bank = _CollectingBank(list(indices), geometry, device, dtype, lengths, observers, before, kernels, rope)
             self._collecting.append(bank)
             layers += [_PrefillLayer(bank, i) for i in range(len(bank.layers))]
         super().__init__(layers=layers)
+
+    def attended(self, module: Any, model: Any, hidden: Tensor, cosines: tuple[Tensor, Tensor]) -> None:
+        """Show a layer's attention, after it, to the observers that want to see it."""
+        layer = self.layers[module.layer_idx]
+        assert isinstance(layer, _PrefillLayer)
+        bank, index = layer.place
+        for state in bank.of_attended:
+            shown = Attended(module, model, hidden, bank.keys[index], bank.values[index], cosines, bank.real)
+            state.attended(index, shown)
 
     def state(
         self, prompts: Tensor, rope: Rope | None = None, output_projection: Callable[[int], Tensor] | None = None
@@ -116,6 +127,7 @@ class _CollectingBank:
         observers: Sequence[Observer],
         prefix: PrefillBank | None,
         kernels: str,
+        rope: Rope | None,
     ) -> None:
         self.layers = torch.tensor(layers, device=device)
         batch, heads, dim = len(lengths.tokens), geometry.kv_heads, geometry.head_dim
@@ -128,7 +140,13 @@ class _CollectingBank:
         self.real = lengths.positions(device) >= 0
         self.padding = self.real if lengths.padding.any() else None
         geometry = geometry._replace(layers=len(layers))
-        self.watching: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
+        self.states: dict[Observer, ObserverState] = {o: o.start(geometry, lengths, device) for o in observers}
+        self.watching = {observer: state for observer, state in self.states.items() if observer.shown == "block"}
+        self.of_queries = [state for observer, state in self.states.items() if observer.shown == "queries"]
+        self.of_attended = [state for observer, state in self.states.items() if observer.shown == "attended"]
+        if self.of_queries and rope is None:
+            raise ValueError("the queries before RoPE are asked for, and this model's RoPE has no fixed frequencies")
+        self.rope = rope
         sums = [
             state for observer, state in self.watching.items() if isinstance(state, ColumnSumsState) and observer.last is None
         ]
@@ -146,7 +164,8 @@ class _CollectingBank:
         group, last = geometry.query_heads // heads, min(_LAST, lengths.width - self.shared)
         self.last_queries = torch.zeros((len(layers), batch, heads, group, last, dim), dtype=dtype, device=device)
         # columns that the pass is fed; in rows with padding the first of them belong to the prefix
-        self.fed = lengths.positions(device)[:, self.shared :] >= self.shared
+        self.fed_positions = lengths.positions(device)[:, self.shared :]
+        self.fed = self.fed_positions >= self.shared
 
     def _place(self, prefix: Tensor, whole: Tensor) -> None:
         """Copy [L, 1, H, T0, ...] of the prefix to where it lies in each row of [L, B, H, T, ...]."""
@@ -154,13 +173,14 @@ class _CollectingBank:
             whole[:, row, :, padding : padding + self.shared] = prefix[:, 0]
 
     def finish(self) -> PrefillBank:
-        observed = {observer: state.result() for observer, state in self.watching.items()}
+        observed = {observer: state.result() for observer, state in self.states.items()}
         if self.prefix is not None:
             for observer, after in observed.items():
                 if observer.last is not None:
                     continue  # none of its queries lies in the prefix
-                before = torch.zeros_like(after)
-                self._place(self.prefix.observed[observer], before)
+                before = self.prefix.observed[observer]
+                if observer.shown == "block":
+                    self._place(before, before := torch.zeros_like(after))
                 observed[observer] = observer.combine(before, after)
         statistics = self.query_absmax, self.query_squares, observed
         return PrefillBank(self.layers, self.keys, self.values, *statistics, self.last_queries)
@@ -175,6 +195,11 @@ class _PrefillLayer(CacheLayerMixin):
         super().__init__()
         self._bank, self._index = bank, index
         self._seen = bank.shared
+
+    @property
+    def place(self) -> tuple[_CollectingBank, int]:
+        """Its bank, and which of the bank's layers it is."""
+        return self._bank, self._index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -199,6 +224,12 @@ class _PrefillLayer(CacheLayerMixin):
         bank.query_squares[layer] += squares
         last = bank.last_queries.shape[4]
         bank.last_queries[layer] = query[:, :, query.shape[2] - last :].unflatten(1, (key.shape[1], -1))
+        if bank.of_queries:
+            assert bank.rope is not None
+            places = bank.fed_positions.clamp(min=0)[:, None].expand(query.shape[:3])
+            plain = bank.rope.turn_back(query, places, bank.keys.shape[3]).unflatten(1, (key.shape[1], -1))
+            for state in bank.of_queries:
+                state.queries(layer, plain, bank.fed_positions.masked_fill(~bank.fed, -1))
 
         def watch(probs: Tensor, first: int) -> None:
             start, end = first - bank.shared, first + probs.shape[3]

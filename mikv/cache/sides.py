@@ -33,6 +33,7 @@ class Fits:
         self._heads = state.geometry.query_heads // state.geometry.kv_heads
         self._known: dict[tuple[Steps, int], Side] = {}
         self._noise: dict[tuple[tuple[Transform, ...], int], Tensor] = {}
+        self.memo: dict[str, Tensor] = {}  # what scores have made of the prompts
 
     @staticmethod
     def of(state: PrefillState) -> list[Fits]:

@@ -3,7 +3,8 @@ caches."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,26 +77,43 @@ class Forward:
         """
         lengths = Lengths(torch.tensor([len(c) for c in contexts]), max(map(len, contexts)))
         shared = min([shared, *(min(map(len, contexts)) - o.last for o in observers if o.last is not None)])
-        shared = max(0, shared)  # the queries that an observer asks for are not in the prefix
+        attended = any(observer.shown == "attended" for observer in observers)
+        shared = 0 if attended else max(0, shared)  # the queries that an observer asks for are not in the prefix
         prefix = self._shared_prefix(contexts[0][:shared], frozenset(observers)) if shared else None
+        inv_freq = rope_inv_freq(self.model)
+        rope = None if inv_freq is None else Rope(inv_freq)
         cache = PrefillCache(
-            self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.backend.kernels
+            self.geometry, self._devices, self.model.dtype, lengths, list(observers), prefix, self.backend.kernels, rope
         )
         if lengths.width:
             ids = [[self.pad_token] * (lengths.width - len(c)) + list(c[shared:]) for c in contexts]
             positions = lengths.positions(self.model.device)[:, shared:]
-            self.model(
-                input_ids=torch.tensor(ids, device=self.model.device),
-                attention_mask=(positions >= shared).long(),
-                position_ids=positions.clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        inv_freq = rope_inv_freq(self.model)
-        rope = None if inv_freq is None else Rope(inv_freq)
+            with self._shown(cache) if attended else nullcontext():
+                self.model(
+                    input_ids=torch.tensor(ids, device=self.model.device),
+                    attention_mask=(positions >= shared).long(),
+                    position_ids=positions.clamp(min=0),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
         projection = partial(output_projection, self.model)
         return cache.state(torch.tensor([number_of(context) for context in contexts]), rope, projection)
+
+    @contextmanager
+    def _shown(self, cache: PrefillCache) -> Iterator[None]:
+        """Every layer's attention is shown to the cache, after it."""
+
+        def show(module: Any, _: Any, given: dict[str, Any], __: Any) -> None:
+            cache.attended(module, self.model, given["hidden_states"], given["position_embeddings"])
+
+        layers = self.model.get_decoder().layers
+        hooks = [layer.self_attn.register_forward_hook(show, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _shared_prefix(self, tokens: Sequence[int], observers: frozenset[Observer]) -> PrefillState:
         key = (tuple(tokens), observers)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mikv.importance.base import Context, Observer
+from mikv.importance.base import Context, Observer, ObserverState, OfPrompt
 from mikv.randomness import uniform
 from mikv.types import Geometry, Lengths
 
@@ -24,6 +24,8 @@ class ColumnSums:
 
     last: int | None = None
 
+    shown = "block"
+
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
             raise ValueError(f"an observer of the last {self.last} queries sees nothing; at least 1, or null for all")
@@ -35,7 +37,7 @@ class ColumnSums:
         return before + after
 
 
-class ColumnSumsState:
+class ColumnSumsState(ObserverState):
     """May be shown a layer block by block, or be given its sums by a kernel that never makes the probabilities."""
 
     def __init__(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> None:
@@ -115,14 +117,13 @@ class Late(Accumulated):
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(OfPrompt):
     """A random score per prompt, layer, head and position: the floor that importance must beat.
 
     Counter-based (a hash of what it belongs to), so that a prompt gets the same noise alone and in any batch.
     """
 
     seed: int = 0
-    observer = None
 
     def score(self, context: Context) -> Tensor:
         import torch
@@ -134,6 +135,3 @@ class Noise:
         x = prompts * 0x5851F42D4C957F2D + layers * 0x14057B7EF767814F + head * 0x27BB2EE687B0B0FD
         x = x + positions * 0x2545F4914F6CDD1D + self.seed
         return ((uniform(x) * 2**24).floor() / 2**24).to(torch.float32)  # what float32 holds exactly
-
-    def update(self, scores: Tensor, mass: Tensor, queries: Tensor) -> Tensor:
-        return scores

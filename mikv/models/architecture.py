@@ -65,5 +65,5 @@ def rope_inv_freq(model: Any) -> Tensor | None:
 
 def output_projection(model: Any, layer: int) -> Tensor:
     """What the output of a layer's attention is multiplied by, [hidden, Hq, D]."""
-    weight: Tensor = model.get_decoder().layers[layer].self_attn.o_proj.weight
+    weight: Tensor = model.get_decoder().layers[layer].self_attn.o_proj.weight.detach()
     return weight.unflatten(1, (model.config.num_attention_heads, -1))

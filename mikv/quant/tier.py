@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mikv.quant.chain import Chain, Steps, chain_of
@@ -112,7 +113,7 @@ class Tier:
     def group(self) -> int | None:
         """Channels per scale of the paper's quantizer, where it is not its own choice."""
         codes = (self.key.code, self.value.code)
-        return next((code.group for code in codes if isinstance(code, Affine)), None)
+        return next((code.group for code in codes if isinstance(code, Affine) and isinstance(code.group, int)), None)
 
     @property
     def label(self) -> str:
@@ -142,3 +143,14 @@ def tier_of(written: Tier | str | int) -> Tier:
     if match["both"]:
         return Tier(int(match["both"]))
     return Tier(key_bits=int(match["key"]), value_bits=int(match["value"]))
+
+
+def recoded(written: Tier | str | int, key: Callable[[int], Steps], value: Callable[[int], Steps]) -> Tier:
+    """The tier with other chains, made of the number of bits, for keys and values that are given by their bits alone; what is
+    at 16 bits, evicted or given in full stays."""
+    tier = tier_of(written)
+    plain = {what: not chain.transforms and isinstance(chain.code, Affine) for what, chain in vars(tier).items()}
+    return Tier(
+        key=key(tier.k) if plain["key"] else tier.key,
+        value=value(tier.v) if plain["value"] else tier.value,
+    )

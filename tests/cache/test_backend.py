@@ -12,6 +12,7 @@ from mikv.cache.backend import Backend, decide
 from mikv.cache.reindex import gone_after_columns, gone_after_slots
 from mikv.engine import Engine
 from mikv.engine.requests import Scoring
+from mikv.importance.base import ObserverState
 from mikv.importance.scores import ColumnSums
 from mikv.kernels import pick
 from mikv.types import Geometry, Lengths
@@ -25,6 +26,7 @@ class Largest:
     """Observer of another kind: the largest attention that a key received, which no sum tells."""
 
     last = None
+    shown = "block"
 
     def start(self, geometry: Geometry, lengths: Lengths, device: torch.device) -> LargestState:
         return LargestState(torch.zeros(geometry.layers, len(lengths.tokens), geometry.kv_heads, lengths.width, device=device))
@@ -34,7 +36,7 @@ class Largest:
 
 
 @dataclass
-class LargestState:
+class LargestState(ObserverState):
     found: torch.Tensor
 
     def block(self, layer: int, probs: torch.Tensor, first: int, real_queries: torch.Tensor) -> None:  # noqa: ARG002

@@ -52,7 +52,7 @@ def slow(run: Engine, one: Policy, layer: int, row: int) -> float:
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("name", ["mikv", "h2o", "uniform", "whiten", "kivi", "pyramid"])
+@pytest.mark.parametrize("name", ["mikv", "h2o", "uniform", "whiten", "blocks", "pyramid", "adakv"])
 def test_the_distance_is_that_of_loops(name: str, query_heads: int, kv_heads: int) -> None:
     """A padded batch, prompts shorter than what is watched among them; also where a store does not know all positions."""
     shape = {"query_heads": query_heads, "kv_heads": kv_heads, "hidden_size": 16 * query_heads}

@@ -70,8 +70,9 @@ def test_a_policy_that_does_not_fit_is_left_out_aloud(capsys: pytest.CaptureFixt
 
 
 def test_groups_that_a_head_can_not_be_cut_into_fit_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    compose("panel=risk", "model=tiny-random")
-    assert "group=64 does not divide head_dim=16" in capsys.readouterr().out
+    entries = "[{policy: h2o, size: 0.5}, {policy: mikv, low.group: 5, size: 0.3}]"
+    compose("panel=demo", f"panel.entries={entries}", "model=tiny-random")
+    assert "group=5 does not divide head_dim=16" in capsys.readouterr().out
 
 
 def test_a_size_needs_a_policy_with_a_share() -> None:

@@ -37,7 +37,9 @@ def test_transformers_decodes_from_it_as_the_engine_does(name: str) -> None:
     """Nobody calls end_step there; unequal prompts, the last token held back."""
     prompts = [tokens(40), tokens(27, seed=1)]
     wanted = engine().generate([Prompt(p[:-1], p[-1:]) for p in prompts], [policy(name)], Decoding(STEPS))[0]
-    cache = compressed([p[:-1] for p in prompts], policy(name))
+    run, one = engine(), policy(name)
+    state = run.prefill([p[:-1] for p in prompts], one.observers)
+    cache = run.compress(state, [one], torch.tensor([len(p) for p in prompts]))  # budgets are of the prompt, as in the engine
     assert generated(prompts, cache) == [g.tokens for g in wanted]
     assert [usage.seen_tokens for usage in cache.usage()] == [len(p) - 1 + STEPS for p in prompts]
     assert cache.usage() == [g.usage for g in wanted]  # the last step is ended when it is asked

@@ -63,7 +63,15 @@ def test_a_greedy_continuation_is_recognized() -> None:
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])
 def test_the_first_scored_token_feels_the_compressed_cache(name: str) -> None:
     """The hole of one-forward scoring: the logits of even a one-token continuation must move under an absurd policy."""
-    lossy = {"uniform": {"tier.bits": 2}, "mikv": {"keep": 0.0, "low.bits": 2}}.get(name, {"keep": 0.1})
+    lossy = {
+        "uniform": {"tier.bits": 2},
+        "mikv": {"keep": 0.0, "low.bits": 2},
+        "kvarn": {"tier.bits": 2, "tile": 16, "sinks": 0},
+        "kvtuner": {"rest.bits": 2},
+        "kivi": {"residual": 32},
+        "hf_quantized": {"bits": 2},
+        "turboquant": {"preset": "3bit_nc", "boundary": 0},
+    }.get(name, {"keep": 0.1})
     exact, compressed = (
         s[0].continuations[0] for s in engine().score([scoring(60, [1])], [policy("full"), policy(name, lossy)])
     )

@@ -19,12 +19,13 @@ from mikv.quant.tier import Tier, tier_of
 from mikv.quant.transforms.balance import Balance
 from mikv.quant.transforms.centre import Centre
 from mikv.quant.transforms.rotate import Rotate, hadamard
+from mikv.quant.transforms.scale import Scale
 from mikv.rope import Rope
 
 DIM, TOKENS = 64, 40
 SHAPE = (2, 3, 2, TOKENS, DIM)  # layers, rows, heads
 ROPE = Rope(10000.0 ** -(torch.arange(0, DIM, 2) / DIM))
-TRANSFORMS = [Centre("before"), Centre("after"), Balance("max"), Balance("rms"), Rotate()]
+TRANSFORMS = [Centre("before"), Centre("after"), Balance("max"), Balance("rms"), Rotate(), Scale("range"), Scale("root")]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -92,6 +93,8 @@ def test_what_may_be_written(written: Any, chain: Chain) -> None:
         (6, "16, 8, 5, 4, 3, 2, 1, 0"),
         (True, "no step"),
         ("balance/mean", "max or rms"),
+        ("scale/mean", "range or root"),
+        ("unit6", "8, 5, 4, 3, 2, 1"),
         ("centre/between", "before or after"),
     ],
 )
@@ -138,7 +141,7 @@ def test_query_and_shift_are_the_adjoint(step: Transform) -> None:
     torch.testing.assert_close(mine, q @ step.undo(y, side, WHERE).transpose(-1, -2), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("step", [Centre("after"), Rotate()])
+@pytest.mark.parametrize("step", [Centre("after"), Rotate(), Scale("range"), Scale("root")])
 def test_output_is_the_undo_of_a_weighted_sum(step: Transform) -> None:
     side = step.fit(sample(keys())._replace(queries=None))
     y, p = random(*SHAPE, seed=5), torch.rand(*SHAPE[:3], 3, TOKENS, generator=torch.Generator().manual_seed(7))
@@ -277,6 +280,7 @@ def test_the_codebooks_error_on_gaussian_vectors(dim: int, bits: int, error: flo
 CODES: list[Any] = [
     *(Affine(bits) for bits in (8, 5, 4, 3, 2, 1)),
     Affine(2, 16),
+    *(Affine(bits, "all") for bits in (8, 5, 4, 3, 2, 1)),
     *(Codebook(bits) for bits in (5, 4, 3, 2, 1)),
     *(Trellis(bits) for bits in (5, 4, 3, 2, 1)),
     *(Channel(bits, 8) for bits in (8, 5, 4, 3, 2, 1)),

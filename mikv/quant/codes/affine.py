@@ -18,15 +18,17 @@ class Affine(Code):
     Args:
         bits: 1, 2, 3, 4, 5 or 8.
         group: channels that share a scale and a minimum; None = head_dim / 2, the paper's choice (a half never mixes the two
-            halves that RoPE rotates into each other).
+            halves that RoPE rotates into each other); `all`, or more channels than there are = one scale per vector.
     """
 
     bits: int
-    group: int | None = None
+    group: int | str | None = None
 
     def __post_init__(self) -> None:
         check_bits("affine", self.bits)
-        if self.group is not None and self.group < 1:
+        if isinstance(self.group, str) and self.group != "all":
+            raise ValueError(f"group={self.group}: channels per scale, or `all`")
+        if isinstance(self.group, int) and self.group < 1:
             raise ValueError(f"group={self.group}: channels per scale, at least 1")
 
     def check(self, head_dim: int) -> None:
@@ -34,7 +36,9 @@ class Affine(Code):
 
     def groups(self, head_dim: int) -> int:
         """Scales of a vector."""
-        group = head_dim // 2 if self.group is None else self.group
+        if isinstance(self.group, str):
+            return 1
+        group = head_dim // 2 if self.group is None else min(self.group, head_dim)
         if head_dim % group:
             raise ValueError(f"group={group} does not divide head_dim={head_dim}: some channels would have no scale")
         return head_dim // group

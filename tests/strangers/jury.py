@@ -15,7 +15,7 @@ from mikv.quant.tier import Tier
 
 
 @dataclass(frozen=True)
-class Pooled:
+class Voted:
     """Sums of the last `window` queries' attention, the maximum over `kernel` neighbours."""
 
     window: int
@@ -36,14 +36,14 @@ class Pooled:
         return scores
 
 
-def snapkv(keep: float = 0.3, window: int = 4, kernel: int = 3) -> Policy:
+def jury(keep: float = 0.3, window: int = 4, kernel: int = 3) -> Policy:
     """keep: share of the prompt; window: last queries, whose own tokens stay; kernel: odd."""
     return Policy(
-        name="snapkv",
-        label=f"snapkv {percent(keep)}",
+        name="jury",
+        label=f"jury {percent(keep)}",
         tiers=(Tier(16), Tier(0)),
         budget=Amounts((keep,), of="prompt"),
-        importance=Pooled(window, kernel),
+        importance=Voted(window, kernel),
         window=window,
         every=0,
     )

@@ -7,7 +7,7 @@ from mikv.policy import Policy
 from mikv.quant.tier import Tier
 
 
-def kivi(bits: int = 2, window: int = 32) -> Policy:
+def blocks(bits: int = 2, window: int = 32) -> Policy:
     """bits: of keys and values; window: tokens of a block, which is flushed when it is full."""
     coded = Tier(key=f"channel{bits}/{window}", value=f"affine{bits}")
-    return Policy(name="kivi", label=f"kivi {bits}", tiers=(Tier(16), coded), budget=Amounts((0.0,)))
+    return Policy(name="blocks", label=f"blocks {bits}", tiers=(Tier(16), coded), budget=Amounts((0.0,)))
