@@ -12,10 +12,11 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-100}
 RUNS=(recall-linerecall)  # kept with its flipped samples
-# kept as summaries: all is to stay below 2 MB
+# kept as summaries: all is to stay below 2.5 MB
 SMALL=(recall-table{1,2,3} recall-ablations recall-pareto-{linerecall,guardedrecall,fidelity} 135m-{fidelity,steps})
 FRONT=(135m-front{,-code})
-IMPORTANCE=(135m-importance{,-code} importance-{linerecall,guardedrecall})
+IMPORTANCE=(135m-importance{,-code} importance-{linerecall,guardedrecall,key_value})
+FIELD=(field-linerecall-{visible,hidden} field-fidelity)
 RISKS=(recall-risk)
 
 recall=(model=smollm2-recall task.limit="$LIMIT")
@@ -40,6 +41,13 @@ long=(model=smollm2-recall task.limit=$((2 * LIMIT)) batch_size="${BATCH:-4}" fi
 for task in linerecall guardedrecall; do
   "$PYTHON" run.py panel=importance task=$task "${long[@]}" "name=importance-$task"
 done
+"$PYTHON" run.py panel=importance task=key_value task.keys=4 model=smollm2-recall task.limit="$LIMIT" batch_size=10 fidelity=false \
+  name=importance-key_value
+brief=(task.max_new_tokens=16 fidelity=false)
+"$PYTHON" run.py panel=field model=smollm2-recall task=linerecall task.limit=30 batch_size=6 "${brief[@]}" name=field-linerecall-visible
+"$PYTHON" run.py panel=field model=smollm2-recall task=linerecall task.limit=24 batch_size=2 "${brief[@]}" protocol.question=hidden \
+  name=field-linerecall-hidden
+"$PYTHON" run.py panel=field model=smollm2-135m task=fidelity task.limit=4 batch_size=2 name=field-fidelity
 "$PYTHON" -m experiments.steps model=smollm2-135m task.limit=6 batch_size=2 name=135m-steps
 if [ -n "${QWEN:-}" ]; then
   qwen=(model=qwen2.5-7b model.name=qwen2.5-coder-0.5b model.path="$QWEN")
@@ -70,7 +78,8 @@ fi
 FRONT+=(recall-front{,-40})
 "$PYTHON" -m experiments.front "${FRONT[@]/#/results/runs/}"
 "$PYTHON" -m experiments.importance "${IMPORTANCE[@]/#/results/runs/}"
-SMALL+=("${FRONT[@]}" "${IMPORTANCE[@]}" "${RISKS[@]}")
+"$PYTHON" -m experiments.field "${FIELD[@]/#/results/runs/}"
+SMALL+=("${FRONT[@]}" "${IMPORTANCE[@]}" "${FIELD[@]}" "${RISKS[@]}")
 "$PYTHON" scripts/keep_results.py --summaries "${SMALL[@]/#/results/runs/}"
 
 cp results/runs/recall-linerecall/curve.png results/figures/demo.png

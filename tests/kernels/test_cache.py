@@ -7,7 +7,6 @@ import torch
 from conftest import engine, tokens
 
 from baselines.h2o import h2o
-from baselines.turboquant import turboquant
 from mikv.budget import Amounts
 from mikv.cache.backend import Backend
 from mikv.cache.kernel_read import KernelReader
@@ -30,7 +29,6 @@ FOLDED = [  # logits are shifted, and the weighted sum of values is rotated back
     mikv(keep=0.3, high=8, low=Tier(key=["centre/after", "balance", "affine4"], value=["centre/after", "rotate", "affine4"])),
     whiten("k3v2", extra=0.5, window=6, keep=0.1),
     whiten(2, window=4, newest=4, keep=0.0, code="codebook"),
-    turboquant("3bit_nc", boundary=0),  # keys of a codebook, values with a minimum: one scale each
 ]
 # FP32 for torch; the kernel takes 16 bits, and the dense way rounds what it unpacks to 16 bits as well.
 TOLERANCE = {None: 2e-5, "reference": 2e-5, "triton": 1e-2}
