@@ -122,12 +122,14 @@ def _class(name: str) -> Any:
         raise ValueError(f"policy=kvpress: kvpress is not installed; {_INSTALL}")
     try:
         library = import_module("kvpress")
-        module, _, short = name.rpartition(".")
+    except ImportError as error:  # without its dependencies it lacks some
+        raise ValueError(f"policy=kvpress: {error}; {_INSTALL}") from error
+    module, _, short = name.rpartition(".")
+    try:
         kind = getattr(import_module(module) if module else library, short)
     except (ImportError, AttributeError) as error:
-        scorers = sorted(n for n, one in vars(library).items() if _is_scorer(one, library)) if "library" in vars() else []
-        known = f"; scorer presses: {', '.join(scorers)}" if scorers else f"; it was installed by {_INSTALL}?"
-        raise ValueError(f"kvpress: press={name}: {error}{known}") from error
+        scorers = sorted(known for known, one in vars(library).items() if _is_scorer(one, library))
+        raise ValueError(f"kvpress: press={name}: {error}; scorer presses: {', '.join(scorers)}") from error
     if not _is_scorer(kind, library):
         raise ValueError(
             f"kvpress: press={name} is no scorer press: it does not say which tokens are important, and what else it does "

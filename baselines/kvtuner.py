@@ -23,24 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mikv.budget import Budget
-from mikv.importance.base import Context
+from mikv.budget import WholeLayers
 from mikv.policy import Policy
 from mikv.quant.tier import Tier, recoded
 
-if TYPE_CHECKING:  # a policy can be built and checked before torch is loaded
-    from torch import Tensor
-
 Layer = Tier | str | int | Sequence[int]
 _PRESETS = Path(__file__).with_suffix(".yaml")
-_ALL = 2**40  # tokens
 
 
 @dataclass(frozen=True)
-class LayerTiers(Budget):
-    """All tokens of a layer in one tier.
+class LayerTiers(WholeLayers):
+    """Each layer's tier.
 
     Args:
         places: the tier of each layer, by index, from the first layer to the last; no tier is without a layer.
@@ -50,28 +44,18 @@ class LayerTiers(Budget):
     places: tuple[int, ...]
     repeat: bool = False
 
-    grows = False
-
     @property
     def tiers(self) -> int:
         return max(self.places) + 1
 
-    @property
-    def whole(self) -> int:
-        return self.tiers
-
-    def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
-        import torch
-
-        given, total = len(self.places), context.total_layers
+    def place(self, layer: int, total: int) -> int:
+        given = len(self.places)
         if given != total and not self.repeat:
             raise ValueError(
                 f"kvtuner: bits of {given} layers for a model of {total}; give a pair of key and value bits for each of its "
                 "layers: policy.layers=[[8,8],[4,2],...], or leave out preset and layers"
             )
-        place = torch.tensor([self.places[min(layer, given - 1)] for layer in context.layers.tolist()])
-        held = place <= torch.arange(self.tiers - 1)[:, None]
-        return (_ALL * held)[:, :, None, None].expand(-1, -1, len(context.seen), -1)
+        return self.places[min(layer, given - 1)]
 
 
 def kvtuner(

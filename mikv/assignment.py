@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mikv.policy import Policy
-from mikv.shares import exact
+from mikv.shares import part
 from mikv.tensors import ranks
 
 PADDING = -1  # tier index of a column that holds no token
@@ -22,8 +22,7 @@ def priority(policy: Policy, tier: int, scores: Tensor | None, positions: Tensor
     scores [..., n] (None = later is better), positions int64 [..., n] (negative = no token: lowest), seen and
     first_quota (of the first tier) broadcast to them. Protected tokens of a tier below are lowest: they go on to it.
     """
-    recent = exact(policy.recent)
-    recents = first_quota * recent.numerator // recent.denominator
+    recents = part(policy.recent, first_quota)
     place = positions.to(torch.float64)  # 3e12 + 1 is no float32
     value = place if scores is None else scores.to(torch.float64)
     value = value.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from mikv.importance.base import Context, Observer
 from mikv.options import check_choice
-from mikv.shares import check_ratio, exact
+from mikv.shares import check_ratio, exact, part
 
 if TYPE_CHECKING:  # a policy is data: it can be built and checked before torch is loaded
     from torch import Tensor
 
 
-_EVERY = 2**40  # tokens
+ALL = 2**40
+"""More tokens than there are."""
 
 
 class Budget(Protocol):
@@ -191,9 +192,32 @@ class Residual(Budget):
         return (counted % self.length)[None, None, :, None]
 
 
+class WholeLayers(Budget):
+    """All tokens of a layer in one tier, which one `place` says. To be inherited from."""
+
+    grows = False
+
+    @property
+    def whole(self) -> int:
+        assert self.tiers is not None
+        return self.tiers
+
+    def place(self, layer: int, total: int) -> int:
+        """Index of the tier of a layer, of so many in total."""
+        raise NotImplementedError
+
+    def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
+        import torch
+
+        assert self.tiers is not None
+        places = torch.tensor([self.place(layer, context.total_layers) for layer in context.layers.tolist()])
+        held = places <= torch.arange(self.tiers - 1)[:, None]
+        return (ALL * held)[:, :, None, None].expand(-1, -1, len(context.prompt_lengths), -1)
+
+
 @dataclass(frozen=True)
-class Boundary(Budget):
-    """The first and the last layers hold everything in the first of two tiers, the others nothing.
+class Boundary(WholeLayers):
+    """The first and the last layers hold everything in the first of two tiers, the others in the second.
 
     Args:
         layers: so many at each end.
@@ -202,17 +226,13 @@ class Boundary(Budget):
     layers: int
 
     tiers = 2
-    whole = 2
-    grows = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 0:
             raise ValueError(f"budget: layers={self.layers}: a number of layers, 0 or more")
 
-    def quotas(self, scores: Tensor | None, context: Context) -> Tensor:
-        place = context.layers.cpu()
-        inner = (place >= self.layers) & (place < context.total_layers - self.layers)
-        return (_EVERY * ~inner)[None, :, None, None].expand(-1, -1, len(context.prompt_lengths), -1)
+    def place(self, layer: int, total: int) -> int:
+        return int(self.layers <= layer < total - self.layers)
 
 
 @dataclass(frozen=True)
@@ -284,10 +304,9 @@ class AcrossHeads(Budget):
         rank, (heads, tokens) = ranks(value), value.shape[2:]
         each = self.budget.quotas(scores, context).expand(-1, value.shape[0], -1, heads).to(value.device)
         each = each.minimum(real.sum(dim=-1))
-        kept = exact(self.least)
         found = []
         for quota in each:  # of a tier: few
-            sure = rank < (quota * kept.numerator // kept.denominator)[..., None]
+            sure = rank < part(self.least, quota)[..., None]
             place = ranks(value.masked_fill(sure, torch.inf).flatten(2))
             found.append((place < quota.sum(dim=-1, keepdim=True)).unflatten(-1, (heads, tokens)).sum(dim=-1))
         return torch.stack(found).cpu()

@@ -13,14 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mikv.budget import Amounts, Budget
+from mikv.budget import ALL, Amounts, Budget
 from mikv.importance.base import Context, Observer
 from mikv.importance.scores import ColumnSums
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ALL = 2**40  # tokens
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class HeadBits(Budget):
         bits = self._filled(weight)[context.layers.cpu()]
         above = self.above.quotas(scores, context).expand(-1, *bits.shape)
         full = above[-1] if len(above) else torch.zeros_like(bits)
-        own = [full + _ALL * (bits >= least) for least in self.bits[:-1]]
+        own = [full + ALL * (bits >= least) for least in self.bits[:-1]]
         return torch.cat((above, torch.stack(own)))
 
     @staticmethod

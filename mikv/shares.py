@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def exact(share: float) -> Fraction:
@@ -16,3 +20,9 @@ def exact(share: float) -> Fraction:
 def check_ratio(name: str, share: float) -> None:
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ValueError(f"{name}: {share} is no ratio; wanted a part of the tokens between 0 and 1 (0.2 = 20 % kept)")
+
+
+def part(share: float, lengths: Tensor) -> Tensor:
+    """floor(share * length) of lengths int64 [...]."""
+    of = exact(share)
+    return lengths * of.numerator // of.denominator

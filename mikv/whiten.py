@@ -41,9 +41,8 @@ from mikv.importance.base import Importance
 from mikv.importance.scores import Accumulated, Late, Noise, PerQuery
 from mikv.options import check_choice
 from mikv.policy import Policy, describe_options, percent
-from mikv.quant.chain import Chain, chain_of
 from mikv.quant.codes.affine import Affine
-from mikv.quant.tier import Tier, tier_of
+from mikv.quant.tier import Tier, recoded, tier_of
 
 _BOOK = 5  # bits up to which there is a codebook; above, a scale and a minimum per vector are small change
 _IMPORTANCE: dict[str, Importance | None] = {
@@ -133,13 +132,9 @@ def whiten(
 
 def _coded(written: Tier | str | int, steps: list[str], code: str) -> Tier:
     """A tier with the steps and the code, where keys or values are given by their bits alone."""
-    tier = tier_of(written)
     of_values = [step for step in steps if step == "rotate"]
-    return Tier(key=_chain(tier.key, steps, code), value=_chain(tier.value, of_values, code))
 
+    def chain(before: list[str], bits: int) -> list[str | int]:
+        return [*before, f"{code}{bits}" if bits <= _BOOK else bits]
 
-def _chain(given: Chain, steps: list[str], code: str) -> Chain:
-    if given.transforms or not isinstance(given.code, Affine):
-        return given
-    bits = given.code.bits
-    return chain_of([*steps, f"{code}{bits}" if bits <= _BOOK else bits])
+    return recoded(written, lambda bits: chain(steps, bits), lambda bits: chain(of_values, bits))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mikv.importance.base import Context, Observer, OfPrompt
 from mikv.importance.scores import ColumnSums
+from mikv.shares import part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,6 @@ class Critical(OfPrompt):
         return self.attention.observer
 
     def score(self, context: Context) -> Tensor:
-        from mikv.shares import exact
         from mikv.tensors import ranks
 
         scores, norms = self.attention.score(context), output_norms(context)
@@ -79,7 +79,7 @@ class Critical(OfPrompt):
             return scores
         assert context.output_projection is not None
         group = context.output_projection(0).shape[1] // scores.shape[2]
-        number = context.prompt_lengths * exact(self.first).numerator // exact(self.first).denominator
+        number = part(self.first, context.prompt_lengths)
         by_attention = scores.masked_fill(context.protected, float("inf")).masked_fill(context.positions < 0, -float("inf"))
         chosen = ranks(by_attention) < number.to(scores.device)[:, None, None]
         return ((scores / group + self.epsilon) * norms).masked_fill(chosen, _CHOSEN)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mikv.importance.base import Context, Observer, ObserverState, OfPrompt
 from mikv.importance.pooled import Pooled, neighbours, output_norms
+from mikv.shares import part
 from mikv.types import Geometry, Lengths
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ class WorstCase(OfPrompt):
     def _by_mass(self, mean: Tensor, before: Tensor, context: Context) -> Tensor:
         """The tokens with the most mean attention that together stay below `mass`, bool [L, B, H, T]. Of it is taken off what
         the last tokens before the window receive, as many as a window has, in the mean over heads: as the authors do."""
-        from mikv.shares import exact
         from mikv.tensors import ranks
 
         late = before & (context.positions >= self._window(context) - self.window)
@@ -110,6 +110,5 @@ class WorstCase(OfPrompt):
         place = ranks(share)
         falling = share.sort(dim=-1, descending=True).values.clamp(min=0)
         count = (falling.cumsum(dim=-1) < wanted).sum(dim=-1)
-        keep = exact(self.keep)
-        most = (context.prompt_lengths * keep.numerator // keep.denominator - self.window).clamp(min=0)
+        most = (part(self.keep, context.prompt_lengths) - self.window).clamp(min=0)
         return place < count.minimum(most.to(count.device)[:, None])[..., None]

@@ -12,7 +12,7 @@ from mikv.plots.style import literal, look, pyplot, save
 
 Row = dict[str, Any]
 
-_ROOM = 20  # labels, at most
+_ROOM = 30  # labels, at most
 # How strongly labels push each other away, and how far in one step, in pixels; one after the other until no label lies on
 # another: no single choice suits all figures.
 _PUSHES = ((0.8, 10), (0.4, 20), (0.2, 20), (0.1, 10), (0.3, 30), (1.2, 20), (2.0, 10), (0.5, 5))

@@ -24,7 +24,8 @@ def test_labels_lie_on_no_other_label_and_on_no_point(name: str) -> None:
     points = [ax.transData.transform((row["size_percent"], row["value"])) for row in rows if row["value"] > 0]
     plt.close(figure)
     divergence = ax.get_yscale() == "log"
-    assert len(labels) == len(rows) - divergence or (len(rows) >= 12 and len(labels) >= 2)  # a crowd: the table has them all
+    crowded = name.startswith(("field-", "importance-"))  # of these no more than have room; the run's table has them all
+    assert len(labels) == len(rows) - divergence or (crowded and len(labels) >= 2)
     assert ("full" in [text.get_text() for text in ax.texts]) != divergence  # its own is 0
     assert not [pair for pair in itertools.combinations(labels, 2) if pair[0].overlaps(pair[1])]
     assert not [label for label in labels if any(label.contains(*point) for point in points)]
