@@ -60,6 +60,11 @@ def test_options_reach_the_press_and_are_in_its_name_and_identity() -> None:
     assert (plain.label, other.label) == ("QueryPress 20%", "QueryPress 20% sign=-1.0")
 
 
+def test_a_press_knows_how_much_is_evicted() -> None:
+    (found,) = kept(engine(), policy("kvpress", {"press": "RatioPress", "keep": 0.25}), [tokens(40)])
+    assert all(head == {0, *range(31, 40)} for layer in found for head in layer)
+
+
 def test_prompts_that_begin_alike_are_seen_whole() -> None:
     run, one = engine(), policy("kvpress", {"press": "QueryPress", "keep": 0.5})
     prompts = [tokens(30) + tokens(9, seed=1), tokens(30) + tokens(5, seed=2)]

@@ -48,6 +48,16 @@ class QueryPress(ScorerPress):
 
 
 @dataclass
+class RatioPress(ScorerPress):
+    """As StreamingLLMPress: what is to go, as many as the ratio says, stands behind the first token."""
+
+    def score(self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any) -> Tensor:
+        scores = torch.ones_like(keys[..., 0])
+        scores[..., 1 : 1 + keys.shape[2] - int(keys.shape[2] * (1 - self.compression_ratio))] = 0
+        return scores
+
+
+@dataclass
 class EagerPress(ScorerPress):
     def score(self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any) -> Tensor:
         assert attentions is not None, "attention weights, please"
